@@ -1,0 +1,1 @@
+"""hybridlab: hybrid sequence models from interchangeable parts."""

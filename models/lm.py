@@ -1,0 +1,164 @@
+"""A language model whose layers are named blocks laid out by a pattern."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridlab.models.block import Block
+from hybridlab.models.layout import check_names, expand, parts_by_place, sharing
+from hybridlab.models.mixer import State
+from hybridlab.models.parts.init import Module
+from hybridlab.models.parts.norm import RMSNorm
+from hybridlab.packing import Packing
+
+
+class Output(NamedTuple):
+    """logits [batch, time, vocab]; losses to add to the task loss, summed over layers; stats keyed `layer3.load`."""
+
+    logits: Tensor
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
+class Row(NamedTuple):
+    """One place in the table of a model. FLOPs are the mean forward FLOPs per token over a context of `length`."""
+
+    place: int
+    block: str
+    mixer: str
+    ffn: str
+    params: int
+    flops: float
+    state_bytes: int
+
+
+class HybridLM(Module):
+    """Embedding, layers, norm, head.
+
+    pattern   block names, repeated to `n_layers`; or a string read through `letters`
+    blocks    name -> constructor of a block, given d_model
+    places    place -> options that differ there from its block, e.g. {5: {"mixer": {"window": 64}}}; counted from 0
+    shared    name -> places that share one set of parameters (each keeps its own state)
+    tied      the head uses the embedding's matrix
+
+    Raises ValueError on names, letters, places or keys that are unknown or unused.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        d_model: int,
+        pattern: str | Sequence[str],
+        blocks: Mapping[str, Callable[[int], Block]],
+        n_layers: int | None = None,
+        letters: Mapping[str, str] | None = None,
+        places: Mapping[int, Mapping[str, Any]] | None = None,
+        shared: Mapping[str, Sequence[int]] | None = None,
+        tied: bool = True,
+    ):
+        super().__init__()
+        if vocab_size < 1 or d_model < 1:
+            raise ValueError(f"vocab_size={vocab_size} and d_model={d_model} must be positive")
+        self.vocab_size, self.d_model = vocab_size, d_model
+        self.layout = expand(pattern, letters, n_layers)
+        check_names(self.layout, blocks)
+        self.owner = sharing(shared, self.layout)
+        parts = parts_by_place(self.layout, blocks, places)
+        if moved := [place for place in places or {} if self.owner[place] != place or self.owner.count(place) > 1]:
+            raise ValueError(
+                f"places overrides {moved}, which share their parameters with others; define a block instead"
+            )
+        self.embed = nn.Embedding(vocab_size, d_model)
+        self.layers = nn.ModuleDict({str(i): parts[i](d_model) for i in sorted(set(self.owner))})
+        self.norm = RMSNorm(d_model)
+        self.head = None if tied else nn.Linear(d_model, vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Embedding and head with variance 1 / d_model; what writes into the residual, less by 1 / (2 layers)."""
+        for matrix in (self.embed, self.head):
+            if matrix is not None:
+                nn.init.normal_(matrix.weight, std=self.d_model**-0.5)
+        self.norm.reset_parameters()
+        for layer in self.layers.values():
+            layer.reset_parameters()
+            for weight in layer.output_weights():
+                weight.mul_((2 * len(self.layout)) ** -0.5)
+
+    def by_place(self) -> list[Block]:
+        """The layer at every place; shared ones appear more than once."""
+        return [self.layers[str(i)] for i in self.owner]
+
+    def forward(self, tokens: Tensor, packing: Packing | None = None) -> Output:
+        """tokens int64 [batch, time]. Raises ValueError when `packing` does not cover them."""
+        if packing is not None:
+            packing.check(*tokens.shape)
+        x = self.embed(tokens)
+        losses: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        for place, layer in enumerate(self.by_place()):
+            x, extras = layer(x, packing, tokens)
+            for name, loss in extras.losses.items():
+                losses[name] = losses[name] + loss if name in losses else loss
+            stats |= {f"layer{place}.{name}": value for name, value in extras.stats.items()}
+        return Output(self._logits(x), losses, stats)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+
+    def init_state(
+        self, batch: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[State, ...]:
+        """One state per place, before the first token; `device` and `dtype` default to the embedding's."""
+        device, dtype = device or self.embed.weight.device, dtype or self.embed.weight.dtype
+        return tuple(layer.init_state(batch, max_len, device, dtype) for layer in self.by_place())
+
+    def prefill(
+        self, tokens: Tensor, state: tuple[State, ...], packing: Packing | None = None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """tokens int64 [batch, time] -> logits [batch, time, vocab], state. Consumes `state`.
+
+        With `packing`, tokens is [1, tokens] and document i continues row i of the state.
+        """
+        x, after = self.embed(tokens), []
+        for layer, s in zip(self.by_place(), state, strict=True):
+            x, s = layer.prefill(x, s, packing, tokens)
+            after.append(s)
+        return self._logits(x), tuple(after)
+
+    def step(self, tokens: Tensor, state: tuple[State, ...]) -> tuple[Tensor, tuple[State, ...]]:
+        """tokens int64 [batch] -> logits [batch, vocab], state. Consumes `state`."""
+        x, after = self.embed(tokens), []
+        for layer, s in zip(self.by_place(), state, strict=True):
+            x, s = layer.step(x, s, tokens)
+            after.append(s)
+        return self._logits(x), tuple(after)
+
+    def flops(self, length: int) -> int:
+        """Forward FLOPs on one document of `length` tokens, 2 per multiply-add."""
+        return sum(layer.flops(length) for layer in self.by_place()) + 2 * self.vocab_size * self.d_model * length
+
+    def state_bytes(self, max_len: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of state per sequence."""
+        return sum(layer.state_bytes(max_len, dtype) for layer in self.by_place())
+
+    def n_params(self) -> tuple[int, int]:
+        """Parameters in all, and those that one token passes through."""
+        total = sum(p.numel() for p in self.parameters())
+        ffns = [layer.ffn for layer in self.layers.values() if layer.ffn is not None]
+        idle = sum(sum(p.numel() for p in ffn.parameters()) - ffn.active_params() for ffn in ffns)
+        return total, total - idle
+
+    def table(self, length: int = 1024) -> list[Row]:
+        """One row per place, for a context of `length` tokens. Shared parameters count where they stand first."""
+        rows = []
+        for place, (name, layer) in enumerate(zip(self.layout, self.by_place(), strict=True)):
+            params = sum(p.numel() for p in layer.parameters()) if self.owner[place] == place else 0
+            mixer, ffn = (type(part).__name__ if part is not None else "-" for part in (layer.mixer, layer.ffn))
+            rows.append(Row(place, name, mixer, ffn, params, layer.flops(length) / length, layer.state_bytes(length)))
+        return rows
