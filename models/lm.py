@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from hybridlab.models.block import Block
 from hybridlab.models.layout import check_names, expand, parts_by_place, sharing
-from hybridlab.models.mixer import State
+from hybridlab.models.mixer import State, state_tensors
 from hybridlab.models.parts.init import Module
+from hybridlab.models.parts.ngram import Found, NgramHeads
 from hybridlab.models.parts.norm import RMSNorm
 from hybridlab.packing import Packing
 
@@ -43,6 +44,7 @@ class HybridLM(Module):
     places    place -> options that differ there from its block, e.g. {5: {"mixer": {"window": 64}}}; counted from 0
     shared    name -> places that share one set of parameters (each keeps its own state)
     tied      the head uses the embedding's matrix
+    ngram     heads that look up the last tokens in the document so far, read before the first layer and at the head
 
     Raises ValueError on names, letters, places or keys that are unknown or unused.
     """
@@ -59,6 +61,7 @@ class HybridLM(Module):
         places: Mapping[int, Mapping[str, Any]] | None = None,
         shared: Mapping[str, Sequence[int]] | None = None,
         tied: bool = True,
+        ngram: Callable[[int], NgramHeads] | None = None,
     ):
         super().__init__()
         if vocab_size < 1 or d_model < 1:
@@ -73,6 +76,7 @@ class HybridLM(Module):
                 f"places overrides {moved}, which share their parameters with others; define a block instead"
             )
         self.embed = nn.Embedding(vocab_size, d_model)
+        self.ngram = ngram(d_model) if ngram else None
         self.layers = nn.ModuleDict({str(i): parts[i](d_model) for i in sorted(set(self.owner))})
         self.norm = RMSNorm(d_model)
         self.head = None if tied else nn.Linear(d_model, vocab_size, bias=False)
@@ -85,6 +89,8 @@ class HybridLM(Module):
             if matrix is not None:
                 nn.init.normal_(matrix.weight, std=self.d_model**-0.5)
         self.norm.reset_parameters()
+        if self.ngram is not None:
+            self.ngram.reset_parameters()
         for layer in self.layers.values():
             layer.reset_parameters()
             for weight in layer.output_weights():
@@ -98,7 +104,8 @@ class HybridLM(Module):
         """tokens int64 [batch, time]. Raises ValueError when `packing` does not cover them."""
         if packing is not None:
             packing.check(*tokens.shape)
-        x = self.embed(tokens)
+        found = None if self.ngram is None else self.ngram.find(tokens, packing)
+        x = self._enter(tokens, found)
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         for place, layer in enumerate(self.by_place()):
@@ -106,17 +113,24 @@ class HybridLM(Module):
             for name, loss in extras.losses.items():
                 losses[name] = losses[name] + loss if name in losses else loss
             stats |= {f"layer{place}.{name}": value for name, value in extras.stats.items()}
-        return Output(self._logits(x), losses, stats)
+        return Output(self._logits(x, found), losses, stats)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+    def _enter(self, tokens: Tensor, found: Found | None) -> Tensor:
+        x = self.embed(tokens) * self.d_model**0.5  # unit variance, as every layer expects (Vaswani et al. 2017, §3.4)
+        return x if found is None else self.ngram.enter(x, found, self.embed)
+
+    def _logits(self, x: Tensor, found: Found | None) -> Tensor:
+        x = self.norm(x)
+        logits = F.linear(x, self.embed.weight if self.head is None else self.head.weight)
+        return logits if found is None else self.ngram.leave(logits, x, found)
 
     def init_state(
         self, batch: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[State, ...]:
-        """One state per place, before the first token; `device` and `dtype` default to the embedding's."""
+        """One state per place (then the n-gram heads'), before the first token; defaults are the embedding's."""
         device, dtype = device or self.embed.weight.device, dtype or self.embed.weight.dtype
-        return tuple(layer.init_state(batch, max_len, device, dtype) for layer in self.by_place())
+        states = [layer.init_state(batch, max_len, device, dtype) for layer in self.by_place()]
+        return (*states, *([] if self.ngram is None else [self.ngram.init_state(batch, max_len, device)]))
 
     def prefill(
         self, tokens: Tensor, state: tuple[State, ...], packing: Packing | None = None
@@ -125,27 +139,35 @@ class HybridLM(Module):
 
         With `packing`, tokens is [1, tokens] and document i continues row i of the state.
         """
-        x, after = self.embed(tokens), []
-        for layer, s in zip(self.by_place(), state, strict=True):
+        found, read = None, []
+        if self.ngram is not None:
+            found, *read = self.ngram.prefill(tokens, state[-1], packing)
+        x, after = self._enter(tokens, found), []
+        for layer, s in zip(self.by_place(), state, strict=False):
             x, s = layer.prefill(x, s, packing, tokens)
             after.append(s)
-        return self._logits(x), tuple(after)
+        return self._logits(x, found), (*after, *read)
 
     def step(self, tokens: Tensor, state: tuple[State, ...]) -> tuple[Tensor, tuple[State, ...]]:
         """tokens int64 [batch] -> logits [batch, vocab], state. Consumes `state`."""
-        x, after = self.embed(tokens), []
-        for layer, s in zip(self.by_place(), state, strict=True):
+        found, read = None, []
+        if self.ngram is not None:
+            found, *read = self.ngram.step(tokens, state[-1])
+        x, after = self._enter(tokens, found), []
+        for layer, s in zip(self.by_place(), state, strict=False):
             x, s = layer.step(x, s, tokens)
             after.append(s)
-        return self._logits(x), tuple(after)
+        return self._logits(x, found), (*after, *read)
 
     def flops(self, length: int) -> int:
         """Forward FLOPs on one document of `length` tokens, 2 per multiply-add."""
-        return sum(layer.flops(length) for layer in self.by_place()) + 2 * self.vocab_size * self.d_model * length
+        around = 2 * self.vocab_size * self.d_model * length + (self.ngram.flops(length) if self.ngram else 0)
+        return sum(layer.flops(length) for layer in self.by_place()) + around
 
     def state_bytes(self, max_len: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of state per sequence."""
-        return sum(layer.state_bytes(max_len, dtype) for layer in self.by_place())
+        states = self.init_state(1, max_len, "meta", dtype)
+        return sum(t.numel() * t.element_size() for t in state_tensors(states))
 
     def n_params(self) -> tuple[int, int]:
         """Parameters in all, and those that one token passes through."""

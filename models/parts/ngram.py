@@ -1,0 +1,177 @@
+"""N-gram heads: hard attention to what followed the last tokens when they stood here before."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hybridlab.models.parts.init import Module
+from hybridlab.packing import Packing
+
+RUNS = 4  # agreement is told apart as 1, 2-3, 4-7, and 8 or more occurrences
+
+
+class Found(NamedTuple):
+    """What each head reads.
+
+    token   int64 [..., heads]   the token that followed the most recent earlier occurrence; 0 where there is none
+    level   int64 [..., heads]   0 for none, else 1 + RUNS · (index of the matched order) + log2 of the agreement
+    """
+
+    token: Tensor
+    level: Tensor
+
+
+class NgramState(NamedTuple):
+    tokens: Tensor  # int64 [batch, max_len], the document so far
+    length: Tensor  # int64 [batch]
+
+
+class NgramHeads(Module):
+    """Heads that match the last n tokens against the document so far (Akyürek et al. 2024, arXiv 2401.12973, §6).
+
+    For every order n, the most recent earlier position whose last n tokens equal the current ones is found, and with it
+    the token that followed, and how many of the latest such positions agree on that token. One head reads the longest
+    order that matches; `fixed` adds heads that read one order each. What a head reads enters the residual stream, and
+    raises the logit of the token read, as a pointer (Merity et al. 2016, arXiv 1609.07843) without a mixture.
+
+    orders   lengths matched, ascending; each at most twice the one before it
+    fixed    orders that have a head of their own
+    """
+
+    def __init__(self, d_model: int, *, orders: Sequence[int] = (1, 2, 4, 8, 16, 32), fixed: Sequence[int] = ()):
+        super().__init__()
+        orders = list(orders)
+        if not orders or orders[0] != 1 or any(not a < b <= 2 * a for a, b in zip(orders, orders[1:], strict=False)):
+            raise ValueError(f"orders={orders}: start at 1 and grow, each at most twice the one before it")
+        if unknown := sorted(set(fixed) - set(orders)):
+            raise ValueError(f"fixed names {unknown}, which orders={orders} does not hold")
+        self.d_model, self.orders, self.fixed = d_model, orders, [orders.index(n) for n in fixed]
+        self.n_heads, levels = 1 + len(fixed), 1 + RUNS * len(orders)
+        self.read = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in range(self.n_heads))
+        self.level_embed = nn.Parameter(torch.empty(self.n_heads, levels, d_model))
+        self.level_logit = nn.Parameter(torch.empty(self.n_heads, levels))
+        self.trust = nn.Parameter(torch.empty(self.n_heads, d_model))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for p in (self.level_embed, self.level_logit, self.trust):
+            p.zero_()
+
+    def enter(self, x: Tensor, found: Found, embedding: nn.Embedding) -> Tensor:
+        """x [..., d_model] with what the heads read added, as vectors."""
+        some = (found.level > 0).to(x.dtype)
+        for i, read in enumerate(self.read):
+            value = read(embedding(found.token[..., i])) * some[..., i, None]
+            x = x + value + self.level_embed[i][found.level[..., i]].to(x.dtype)
+        return x
+
+    def leave(self, logits: Tensor, x: Tensor, found: Found) -> Tensor:
+        """logits [..., vocab], x [..., d_model] normalised -> logits with the tokens read raised (or lowered)."""
+        heads = torch.arange(self.n_heads, device=x.device)
+        bonus = x.to(self.trust.dtype) @ self.trust.mT + self.level_logit[heads, found.level]
+        bonus = torch.where(found.level > 0, bonus, 0.0)
+        return logits.scatter_add(-1, found.token, bonus.to(logits.dtype))
+
+    @torch.no_grad()
+    def find(self, tokens: Tensor, packing: Packing | None = None) -> Found:
+        """tokens int64 [batch, time] -> what each head reads at each of them, documents apart."""
+        packing = packing or Packing.from_lengths([tokens.shape[1]] * tokens.shape[0], tokens.device)
+        flat = tokens.flatten()
+        per_order = [_follow(names, flat) for names in _names(flat, packing, self.orders)]
+        found = self._choose(torch.stack([t for t, _ in per_order], -1), torch.stack([r for _, r in per_order], -1))
+        return Found(*(part.view(*tokens.shape, self.n_heads) for part in found))
+
+    def _choose(self, token: Tensor, run: Tensor) -> Found:
+        """token, run int64 [..., orders], run 0 where nothing matches -> what each head reads."""
+        index = torch.arange(len(self.orders), device=run.device)
+        # floor(log2(run)) by comparison: exact, where a float logarithm need not be
+        grade = sum((run >= 2**i).long() for i in range(1, RUNS))
+        level = torch.where(run > 0, 1 + RUNS * index + grade, 0)
+        longest = torch.where(run > 0, index, 0).amax(-1, keepdim=True)
+        picks = torch.cat([longest, *(torch.full_like(longest, i) for i in self.fixed)], -1)
+        level = level.gather(-1, picks)
+        return Found(torch.where(level > 0, token.gather(-1, picks), 0), level)
+
+    def init_state(self, batch: int, max_len: int, device: torch.device | str | None = None) -> NgramState:
+        empty = torch.zeros(batch, max_len, dtype=torch.int64, device=device)
+        return NgramState(empty, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, state: NgramState, packing: Packing | None = None) -> tuple[Found, NgramState]:
+        """tokens int64 [batch, time] (with `packing`, [1, tokens]: document i continues row i). Consumes `state`."""
+        new = list(tokens if packing is None else tokens[0].split(packing.offsets.diff().tolist()))
+        length = state.length + torch.tensor([len(part) for part in new], device=tokens.device)
+        self._check(length, state)
+        for row, part, end in zip(state.tokens, new, length.tolist(), strict=True):
+            row[end - len(part) : end] = part
+        rows = [row[:end] for row, end in zip(state.tokens, length.tolist(), strict=True)]
+        whole = Packing.from_lengths([len(row) for row in rows], tokens.device)
+        found = self.find(torch.cat(rows)[None], whole)
+        fresh = whole.positions >= state.length[whole.ids]
+        return Found(*(part[0, fresh].view(*tokens.shape, self.n_heads) for part in found)), NgramState(
+            state[0], length
+        )
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: NgramState) -> tuple[Found, NgramState]:
+        """tokens int64 [batch]: the definition, position by position against the document so far. Consumes `state`."""
+        length = state.length + 1
+        self._check(length, state)
+        state.tokens.scatter_(1, state.length[:, None], tokens[:, None])
+        history = state.tokens[:, : int(length.max())]
+        position = torch.arange(history.shape[1], device=tokens.device)
+        alive = position < state.length[:, None]
+        runs, follows = [], []
+        following = history.roll(-1, 1)
+        for n in range(self.orders[-1]):
+            back = (state.length - n).clamp(min=0)[:, None]
+            same = history.roll(n, 1) == history.gather(1, back)
+            alive = alive & same & (position >= n) & (state.length[:, None] >= n)
+            if n + 1 in self.orders:
+                last = torch.where(alive, position, -1).amax(1, keepdim=True)
+                follow = following.gather(1, last.clamp(min=0))
+                differs = torch.where(alive & (following != follow), position, -1).amax(1, keepdim=True)
+                runs.append((alive & (position > differs)).sum(1))
+                follows.append(follow[:, 0])
+        return self._choose(torch.stack(follows, -1), torch.stack(runs, -1)), NgramState(state.tokens, length)
+
+    def _check(self, length: Tensor, state: NgramState) -> None:
+        if (longest := int(length.max())) > state.tokens.shape[1]:
+            raise ValueError(f"n-gram heads keep max_len={state.tokens.shape[1]} tokens, but {longest} were given")
+
+    def flops(self, length: int) -> int:
+        """Forward FLOPs on `length` tokens; comparisons of tokens are none."""
+        return self.n_heads * (2 * self.d_model**2 + 2 * self.d_model) * length
+
+
+def _names(flat: Tensor, packing: Packing, orders: Sequence[int]) -> list[Tensor]:
+    """For each order n, int64 [tokens]: equal just where document and last n tokens are equal; negative if cut short.
+
+    Longer n-grams are named by pairs of shorter ones that overlap (prefix doubling), so no hash can collide.
+    """
+    ids, positions = packing.ids, packing.positions
+    names = [torch.unique(ids * 2**31 + flat, return_inverse=True)[1]]
+    for shorter, n in zip(orders, orders[1:], strict=False):
+        before = names[-1].roll(n - shorter)
+        pair = torch.unique(names[-1] * len(flat) + before, return_inverse=True)[1]
+        names.append(torch.where(positions >= n - 1, pair, -1 - torch.arange(len(flat), device=flat.device)))
+    return names
+
+
+def _follow(names: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Token after the latest earlier position of the same name, and how many of the latest agree on it (0: none)."""
+    sorted_names, order = torch.sort(names, stable=True)
+    following = flat.roll(-1)[order]
+    index = torch.arange(len(flat), device=flat.device)
+    again = torch.cat([sorted_names.new_zeros(1), (sorted_names[1:] == sorted_names[:-1]).long()]).bool()
+    agrees = again & (following == following.roll(1))
+    first = torch.where(agrees, 0, index).cummax(0).values
+    run = index - first + 1
+    token, count = torch.empty_like(flat), torch.empty_like(flat)
+    token[order] = following.roll(1)
+    count[order] = torch.where(again, run.roll(1), 0)
+    return token, count
