@@ -32,23 +32,23 @@ class NgramHeads(Module):
     """Heads that match the last n tokens against the document so far (Akyürek et al. 2024, arXiv 2401.12973, §6).
 
     For every order n, the most recent earlier position whose last n tokens equal the current ones is found, and with it
-    the token that followed, and how many of the latest such positions agree on that token. One head reads the longest
-    order that matches; `fixed` adds heads that read one order each. What a head reads enters the residual stream, and
-    raises the logit of the token read, as a pointer (Merity et al. 2016, arXiv 1609.07843) without a mixture.
+    the token that followed, and how many of the latest such positions agree on that token. The first head reads the
+    longest order that matches, each further one the longest whose token no head before it reads. What a head reads enters
+    the residual stream, and raises the logit of the token read, as a pointer (Merity et al. 2016, arXiv 1609.07843)
+    without a mixture.
 
     orders   lengths matched, ascending; each at most twice the one before it
-    fixed    orders that have a head of their own
     """
 
-    def __init__(self, d_model: int, *, orders: Sequence[int] = (1, 2, 4, 8, 16, 32), fixed: Sequence[int] = ()):
+    def __init__(self, d_model: int, *, n_heads: int = 1, orders: Sequence[int] = (1, 2, 4, 8, 16, 32)):
         super().__init__()
         orders = list(orders)
         if not orders or orders[0] != 1 or any(not a < b <= 2 * a for a, b in zip(orders, orders[1:], strict=False)):
             raise ValueError(f"orders={orders}: start at 1 and grow, each at most twice the one before it")
-        if unknown := sorted(set(fixed) - set(orders)):
-            raise ValueError(f"fixed names {unknown}, which orders={orders} does not hold")
-        self.d_model, self.orders, self.fixed = d_model, orders, [orders.index(n) for n in fixed]
-        self.n_heads, levels = 1 + len(fixed), 1 + RUNS * len(orders)
+        if not 1 <= n_heads <= len(orders):
+            raise ValueError(f"n_heads={n_heads}: from 1 to as many as orders={orders} holds")
+        self.d_model, self.orders, self.n_heads = d_model, orders, n_heads
+        levels = 1 + RUNS * len(orders)
         self.read = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in range(self.n_heads))
         self.level_embed = nn.Parameter(torch.empty(self.n_heads, levels, d_model))
         self.level_logit = nn.Parameter(torch.empty(self.n_heads, levels))
@@ -87,14 +87,19 @@ class NgramHeads(Module):
 
     def _choose(self, token: Tensor, run: Tensor) -> Found:
         """token, run int64 [..., orders], run 0 where nothing matches -> what each head reads."""
-        index = torch.arange(len(self.orders), device=run.device)
         # floor(log2(run)) by comparison: exact, where a float logarithm need not be
         grade = sum((run >= 2**i).long() for i in range(1, RUNS))
-        level = torch.where(run > 0, 1 + RUNS * index + grade, 0)
-        longest = torch.where(run > 0, index, 0).amax(-1, keepdim=True)
-        picks = torch.cat([longest, *(torch.full_like(longest, i) for i in self.fixed)], -1)
-        level = level.gather(-1, picks)
-        return Found(torch.where(level > 0, token.gather(-1, picks), 0), level)
+        tokens = [torch.zeros_like(run[..., 0]) for _ in range(self.n_heads)]
+        levels = [torch.zeros_like(run[..., 0]) for _ in range(self.n_heads)]
+        for i in reversed(range(len(self.orders))):
+            offered = run[..., i] > 0
+            for head in range(self.n_heads):
+                empty = levels[head] == 0
+                taken = offered & empty
+                tokens[head] = torch.where(taken, token[..., i], tokens[head])
+                levels[head] = torch.where(taken, 1 + RUNS * i + grade[..., i], levels[head])
+                offered = offered & ~empty & (tokens[head] != token[..., i])
+        return Found(torch.stack(tokens, -1), torch.stack(levels, -1))
 
     def init_state(self, batch: int, max_len: int, device: torch.device | str | None = None) -> NgramState:
         empty = torch.zeros(batch, max_len, dtype=torch.int64, device=device)

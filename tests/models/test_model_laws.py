@@ -68,12 +68,12 @@ MODELS = {
     "ngram": dict(
         pattern=["ssm", "attn"],
         blocks={"ssm": partial(block, mixer=mamba2), "attn": partial(block, mixer=sliding)},
-        ngram=partial(NgramHeads, fixed=(1, 2)),
+        ngram=partial(NgramHeads, n_heads=2),
     ),
     "linear": dict(
         pattern=["delta", "ret", "lin"],
         blocks={
-            "delta": partial(block, mixer=partial(GatedDelta, n_heads=2, head_dim=16)),
+            "delta": partial(block, mixer=partial(GatedDelta, n_heads=2)),
             "ret": partial(block, mixer=partial(Retention, n_heads=2), norm="post"),
             "lin": partial(block, mixer=partial(LinearAttention, n_heads=2), norm="output"),
         },

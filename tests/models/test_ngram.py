@@ -28,7 +28,7 @@ def definition(document: list[int]) -> tuple[list[list[int]], list[list[int]]]:
 
 @pytest.fixture
 def heads():
-    return NgramHeads(8, orders=ORDERS, fixed=(1, 2))
+    return NgramHeads(8, n_heads=3, orders=ORDERS)
 
 
 @pytest.fixture(params=range(8))
@@ -77,10 +77,17 @@ def test_more_tokens_than_the_state_keeps_are_refused(heads):
         heads.prefill(torch.zeros(1, 4, dtype=torch.long), heads.init_state(1, 3))
 
 
-@pytest.mark.parametrize("orders, fixed", [((2, 4), ()), ((1, 3), ()), ((), ()), ((1, 2, 2), ()), ((1, 2), (4,))])
-def test_orders_that_cannot_be_chained_are_refused(orders, fixed):
+@pytest.mark.parametrize("orders, n_heads", [((2, 4), 1), ((1, 3), 1), ((), 1), ((1, 2, 2), 1), ((1, 2), 3), ((1,), 0)])
+def test_orders_that_cannot_be_chained_and_heads_with_nothing_to_read_are_refused(orders, n_heads):
     with pytest.raises(ValueError, match="orders"):
-        NgramHeads(8, orders=orders, fixed=fixed)
+        NgramHeads(8, orders=orders, n_heads=n_heads)
+
+
+def test_heads_read_different_tokens_longest_order_first(heads):
+    tokens = torch.tensor([[1, 2, 9, 3, 2, 8, 1, 2]])  # after (1, 2) came 9; after 2 alone, lately, 8
+    found = heads.find(tokens)
+    assert found.token[0, -1].tolist() == [9, 8, 0]
+    assert found.level[0, -1].tolist() == [1 + 4 * 1, 1 + 4 * 0, 0]
 
 
 def test_what_a_head_reads_changes_the_logits_of_that_token_only(heads):
