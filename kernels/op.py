@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Case = Mapping[str, Any]  # sizes and options by name, e.g. dict(batch=2, time=63, heads=3, key=64)
+Case = dict[str, Any]  # sizes and options by name, e.g. dict(batch=2, time=63, heads=3, key=64)
 Outputs = tuple[Tensor, ...]
 
 _log = logging.getLogger("hybridlab.kernels")
@@ -41,6 +41,7 @@ class Version:
 class Op:
     """A definition, its versions in order of preference, and the sizes that tests check and benchmarks time.
 
+    check   same signature -> None; raises ValueError on arguments that no version may serve
     make    (case, device, dtype, generator) -> arguments by name; floating tensors are differentiable inputs
     flops   case -> forward FLOPs of the mathematics, 2 per multiply-add
     bytes   (case, dtype) -> bytes that one fused forward pass must read and write
@@ -54,19 +55,24 @@ class Op:
     flops: Callable[[Case], int]
     bytes: Callable[[Case, torch.dtype], int]
     executed_flops: Mapping[str, Callable[[Case], int]] = field(default_factory=dict)
+    check: Callable[..., Any] = accepts_all
 
     def __call__(self, *args: Any, version: str = "auto", **kwargs: Any) -> Outputs:
         """Run the first version that accepts the call, or the one named by `version` or by HYBRIDLAB_KERNELS.
 
-        Raises ValueError when the version is unknown or refuses the call.
+        Raises ValueError when the arguments do not fit, and when the version is unknown or refuses the call. Autocast
+        does not reach inside: an op computes as its definition says.
         """
+        self.check(*args, **kwargs)
         if version == "auto":
             version = _forced().get(self.name, "auto")
         if version == "auto":
             version = self._pick(args, kwargs)
         elif why := self.unavailable(version, *args, **kwargs):
             raise ValueError(f"{self.name}: version={version!r} refuses this call: {why}")
-        return self.get(version)(*args, **kwargs)
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return self.get(version)(*args, **kwargs)
 
     def get(self, version: str) -> Callable[..., Outputs]:
         """The function of one version; "reference" is the definition."""
@@ -82,7 +88,7 @@ class Op:
         return None if version == "reference" else self.versions[version].refuses(*args, **kwargs)
 
     def _pick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        refusals = {}
+        refusals: dict[str, str] = {}
         for name, version in self.versions.items():
             if version.ordered:
                 continue
@@ -94,7 +100,7 @@ class Op:
         return "reference"
 
     def _say(self, version: str, refusals: Mapping[str, str]) -> None:
-        if (self.name, version) not in _said:
+        if (self.name, version) not in _said and not torch.compiler.is_compiling():
             _said.add((self.name, version))
             why = "; ".join(f"{name} refused: {reason}" for name, reason in refusals.items()) or "first choice"
             _log.info("%s runs as %r (%s)", self.name, version, why)

@@ -60,7 +60,7 @@ class HybridLM(Module):
         letters: Mapping[str, str] | None = None,
         places: Mapping[int, Mapping[str, Any]] | None = None,
         shared: Mapping[str, Sequence[int]] | None = None,
-        tied: bool = True,
+        tied: bool = False,
         ngram: Callable[[int], NgramHeads] | None = None,
     ):
         super().__init__()
@@ -84,10 +84,10 @@ class HybridLM(Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Embedding and head with variance 1 / d_model; what writes into the residual, less by 1 / (2 layers)."""
-        for matrix in (self.embed, self.head):
-            if matrix is not None:
-                nn.init.normal_(matrix.weight, std=self.d_model**-0.5)
+        """Embedded tokens of unit variance; first logits near zero; what writes into the residual, less with depth."""
+        nn.init.normal_(self.embed.weight, std=1.0 if self.head is not None else self.d_model**-0.5)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=1 / self.d_model)
         self.norm.reset_parameters()
         if self.ngram is not None:
             self.ngram.reset_parameters()
@@ -116,7 +116,9 @@ class HybridLM(Module):
         return Output(self._logits(x, found), losses, stats)
 
     def _enter(self, tokens: Tensor, found: Found | None) -> Tensor:
-        x = self.embed(tokens) * self.d_model**0.5  # unit variance, as every layer expects (Vaswani et al. 2017, §3.4)
+        x = self.embed(tokens)
+        if self.head is None:
+            x = x * self.d_model**0.5  # small enough for the head, scaled for the layers
         return x if found is None else self.ngram.enter(x, found, self.embed)
 
     def _logits(self, x: Tensor, found: Found | None) -> Tensor:

@@ -28,9 +28,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [rows, d_model] sorted by expert, offsets int [experts + 1] -> like x; under autocast, in its dtype."""
-        up, down, kind = self.up, self.down, x.device.type
-        if torch.is_autocast_enabled(kind):
-            x, up, down = (t.to(torch.get_autocast_dtype(kind)) for t in (x, up, down))
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        x, up, down = (t.to(dtype or t.dtype) for t in (x, self.up, self.down))
         return grouped_matmul(self.act(grouped_matmul(x, up, offsets)[0]), down, offsets)[0]
 
 
@@ -80,12 +80,11 @@ class MoE(FeedForward):
         offsets = torch.searchsorted(chosen, torch.arange(len(self.experts.up) + 1, device=x.device))
         # one row per token and slot: both selections are permutations, so no gradient depends on an order of summation
         xs = repeat(x.flatten(0, -2), "n d -> (n k) d", k=self.top_k).index_select(0, order)
-        ys = self.experts(xs, offsets).index_select(0, order.argsort())
-        ys = rearrange(ys, "(n k) d -> n k d", k=self.top_k)
+        ys = rearrange(self.experts(xs, offsets).index_select(0, order.argsort()), "(n k) d -> n k d", k=self.top_k)
         y = (ys * routing.weights[..., None]).sum(1).to(ys.dtype).unflatten(0, x.shape[:-1])
         y = y if self.shared is None else y + self.shared(x)[0]
-        load, entropy = offsets.diff(), torch.special.entr(routing.probs.detach()).sum()
-        stats = {"load": load, "tokens": load.new_full((), len(ys)), "entropy": entropy}
+        stats = {"load": offsets.diff(), "tokens": offsets.new_full((), len(ys))}
+        stats["entropy"] = torch.special.entr(routing.probs.detach()).sum()
         return y, Extras(self._losses(routing, x.shape[:-1]), stats)
 
     def _losses(self, routing: Routing, shape: torch.Size) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ class Attention(TokenMixer):
             packing.check(*x.shape[:2])
         where = positions(x, packing=packing)
         q, k, v, gate = self._project(x, where)
-        reach = min(n for n in (x.shape[1], self.window, packing and packing.longest) if n is not None)
+        reach = min(x.shape[1], self.window or x.shape[1], packing.longest if packing is not None else x.shape[1])
         return self._output(attend_in_blocks(q, k, v, where, reach, self.sinks, self.soft_cap), gate)
 
     def init_state(

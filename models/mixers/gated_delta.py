@@ -60,8 +60,10 @@ class GatedDelta(RecurrentMixer):
         q, k, v = qkv.split([self.keys, self.keys, self.values], -1)
         q, k = (rearrange(part, "b t (g k) -> b t g k", g=self.n_heads) for part in (q, k))
         v, gate = (rearrange(part, "b t (h v) -> b t h v", h=self.n_value_heads) for part in (v, gate))
-        q, k = F.normalize(q, dim=-1, eps=1e-6) * self.key_dim**-0.5, F.normalize(k, dim=-1, eps=1e-6)
         acc = wide(dt.dtype)
+        # the small number keeps the gradient of an all-zero key finite
+        q, k = (p * torch.rsqrt(p.to(acc).square().sum(-1, keepdim=True) + 1e-6) for p in (q, k))
+        q = q * self.key_dim**-0.5
         beta = torch.sigmoid(beta.to(acc)) * (2 if self.negative_eigenvalues else 1)
         log_decay = -self.A_log.exp() * F.softplus(dt.to(acc) + self.dt_bias)
         y, kv = delta_rule(q, k, v, beta, log_decay, kv, packing and packing.offsets)

@@ -27,4 +27,5 @@ class ShortConv(Module):
 
     def forward(self, x: Tensor, state: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
         """x [batch, time, dim] -> y of the same shape, and the state [batch or docs, width - 1, dim] after it."""
-        return causal_conv(x, self.weight, self.bias, state, packing and packing.offsets, silu=True)
+        y, state = causal_conv(x, self.weight, self.bias, state, packing and packing.offsets, silu=True)
+        return y, state

@@ -1,0 +1,75 @@
+"""The machine: what it computes in, how fast it could be, what it is. Asked once per run, by the entry point only."""
+
+import platform
+import subprocess
+import sys
+import timeit
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# dense bf16 FLOP/s without sparsity, from the makers' data sheets
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12, "4090": 165e12, "3090": 71e12}
+
+
+def choose_numerics(kind: str, precision: str) -> dict[str, str]:
+    """Autocast dtype and float32 matmul precision for `kind` cpu or cuda; "auto" asks the machine.
+
+    bf16 pays on a CPU only where it multiplies bf16 natively. "medium" is taken where a product proves faster and as
+    exact as float32 (some CPUs have such a path; on others it halves the speed).
+    """
+    if precision != "auto":
+        return {"precision": precision, "matmul": "highest"}
+    if kind == "cuda":
+        return {"precision": "bf16" if torch.cuda.is_bf16_supported() else "fp32", "matmul": "highest"}
+    native = any(flag in _cpuinfo() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    truth = a[:256, :256].double() @ b[:256, :256].double()
+    highest = _seconds(lambda: a @ b)
+    torch.set_float32_matmul_precision("medium")
+    medium, error = _seconds(lambda: a @ b), (a[:256, :256] @ b[:256, :256] - truth).norm() / truth.norm()
+    torch.set_float32_matmul_precision("highest")
+    faster = medium < 0.8 * highest and float(error) <= 1e-6
+    return {"precision": "bf16" if native else "fp32", "matmul": "medium" if faster else "highest"}
+
+
+def peak_flops(kind: str, precision: str) -> float | None:
+    """FLOP/s the device could reach: measured on a CPU by one product, from the data sheet on a known GPU."""
+    if kind == "cuda":
+        return next((peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), None)
+    a = torch.randn(1024, 1024, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return 2 * 1024**3 / _seconds(lambda: a @ a)
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    """The best of several timings, after one to warm up."""
+    work()
+    return min(timeit.repeat(work, number=1, repeat=5))
+
+
+def environment(kind: str) -> dict[str, Any]:
+    """Versions, hardware and the repository's state, for the run's records."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    found: dict[str, Any] = {name: version(name) for name in ("torch", "lightning", "hybridlab")} | {
+        "python": sys.version.split()[0]
+    }
+    found |= {"cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads()}
+    found |= {"gpu": torch.cuda.get_device_name() if kind == "cuda" else None, "host": platform.node()}
+    return found | {"git_commit": _git("rev-parse", "HEAD"), "git_changes": _git("diff", "HEAD", "--stat")}
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

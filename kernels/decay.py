@@ -1,0 +1,60 @@
+"""Products of decays between any two tokens of a chunk, from sums that are never positive."""
+
+import torch
+from torch import Tensor
+
+LEAST = -1e3  # exp of it is 0 even in float64; finite, so that differences of sums are
+
+
+def decays(log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(Σ_{j < m ≤ i} log_decay_m) for i ≥ j, and 0 above: [..., chunk, chunk] from log_decay [..., chunk].
+
+    Also returns the decay since the chunk's start (i included) and up to its end (j left out), both [..., chunk].
+    Sums are float64: a strong decay must not cost the weak ones after it their digits.
+    """
+    total = log_decay.clamp(min=LEAST).double().cumsum(-1)
+    since, until = total.exp(), (total[..., -1:] - total).exp()
+    return _Between.apply(total, log_decay.dtype), since.to(log_decay.dtype), until.to(log_decay.dtype)
+
+
+class _Between(torch.autograd.Function):
+    """total float64 [..., chunk] -> exp(total_i - total_j) for i ≥ j, and 0 above; differentiable once."""
+
+    @staticmethod
+    def forward(ctx, total: Tensor, dtype: torch.dtype) -> Tensor:
+        # positive differences stand above the diagonal only, and are selected away
+        y = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(dtype).clamp_(max=0).exp_().tril_()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        m = (grad * ctx.saved_tensors[0]).tril_(-1)
+        return m.sum(-1, dtype=torch.float64) - m.sum(-2, dtype=torch.float64), None
+
+
+def decayed_products(log_decay: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """M_ij = Σ_k a_ik b_jk exp(Σ_{j < m ≤ i} log_decay_mk) for i ≥ j, and 0 above.
+
+    log_decay, a, b  [..., chunk, key]; chunk a power of two
+    returns  M [..., chunk, chunk]; decay since the chunk's start and up to its end as in `decays`, [..., chunk, key]
+
+    Blocks double in size: the tokens of an odd block meet those of the even block before it over the decay up to the
+    border between the two, so no exponent is ever positive and no difference of long sums is ever taken.
+    """
+    since, until = log_decay.unsqueeze(-2), torch.zeros_like(log_decay).unsqueeze(-2)  # [..., blocks, size, key]
+    m = (a * b).sum(-1)[..., None, None]  # [..., blocks, size, size]
+    while m.shape[-3] > 1:
+        blocks, size = m.shape[-3], m.shape[-1]
+        even, odd = m.unflatten(-3, (blocks // 2, 2)).unbind(-3)
+        since_even, since_odd = since.unflatten(-3, (blocks // 2, 2)).unbind(-3)
+        until_even, until_odd = until.unflatten(-3, (blocks // 2, 2)).unbind(-3)
+        rows = a.unflatten(-2, (blocks // 2, 2, size)).select(-3, 1) * since_odd.exp()
+        columns = b.unflatten(-2, (blocks // 2, 2, size)).select(-3, 0) * until_even.exp()
+        low = rows @ columns.mT
+        top, bottom = torch.cat([even, torch.zeros_like(low)], -1), torch.cat([low, odd], -1)
+        m = torch.cat([top, bottom], -2)
+        until = torch.cat([until_even + since_odd[..., -1:, :], until_odd], -2)
+        since = torch.cat([since_even, since_odd + since_even[..., -1:, :]], -2)
+    return m.squeeze(-3), since.squeeze(-3).exp(), until.squeeze(-3).exp()

@@ -1,0 +1,37 @@
+import torch
+from torch import Tensor
+
+from hybridlab.kernels import check as must
+from hybridlab.kernels.draw import Draw
+from hybridlab.kernels.linear_recurrence import cases as linear
+from hybridlab.kernels.op import Case
+
+TIMES = ("tiny", "irregular", "packed", "channels", "long")
+CASES: dict[str, Case] = {name: linear.CASES[name] for name in TIMES} | {
+    "ungated": linear.CASES["undecayed"],
+    "real": linear.CASES["real"] | dict(groups=8),
+}
+
+
+def make(case: Case, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator) -> dict:
+    draw, args = Draw(device, dtype, generator), linear.make(case, device, dtype, generator)
+    q, k, v, *rest = args.items()
+    beta = draw.uniform(*v[1].shape[:3], high=case.get("most", 1.0))
+    return dict([q, ("k", draw.unit(*k[1].shape)), v, ("beta", beta), *rest])
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay=None, state=None, offsets=None) -> None:
+    linear.check(q, k, v, log_decay, state, offsets)
+    must.shapes({"v": (v, "b t h v"), "beta": (beta, "b t h")})
+    must.within("beta", beta, 0, 2)
+    if log_decay is not None and log_decay.dim() == 1:
+        raise ValueError(f"log_decay has shape {list(log_decay.shape)}, but must be [b t h] or [b t h k]")
+
+
+def flops(case: Case) -> int:
+    """One more product with the state than `linear_recurrence`: what is stored under the key."""
+    return linear.flops(case) + 2 * case["batch"] * case["time"] * case["heads"] * case["key"] * case["value"]
+
+
+def bytes_moved(case: Case, dtype: torch.dtype) -> int:
+    return linear.bytes_moved(case, dtype) + case["batch"] * case["time"] * case["heads"] * dtype.itemsize

@@ -1,0 +1,44 @@
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from hybridlab.kernels.chunks import Chunks, initial, pick
+from hybridlab.kernels.decay import decayed_products, decays
+
+
+def delta_rule_chunked(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay=None, state=None, offsets=None, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same result as the definition: what each token of a chunk writes is the solution of one triangular system."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    (time, heads), groups = v.shape[1:3], q.shape[2]
+    state = initial(state, v, offsets, heads, q.shape[3], v.shape[3])
+    log_decay = torch.zeros_like(beta, dtype=wide) if log_decay is None else log_decay.to(wide)
+    log_decay = log_decay[..., None] if log_decay.dim() == 3 else log_decay
+    cut = Chunks(time, offsets, chunk or pick(time, offsets, 16))
+    parts = (cut.split(x.to(wide)) for x in (q, k, v, beta[..., None], log_decay))
+    q, k, values, beta, g = (rearrange(x, "b n c h k -> b n h c k") for x in parts)
+    if g.shape[-1] == 1:
+        inside, since, until = decays(g.squeeze(-1))
+        since, until = since[..., None], until[..., None]
+        read, write = (repeat(x @ k.mT, "b n g i j -> b n (g r) i j", r=heads // groups) * inside for x in (q, k))
+    q, k = (repeat(x, "b n g c k -> b n (g r) c k", r=heads // groups) for x in (q, k))
+    if g.shape[-1] > 1:
+        read, since, until = decayed_products(g, q, k)
+        write = decayed_products(g, k, k)[0]
+    # u = beta (v - kᵀ S_decayed - Σ_earlier write u): unit lower triangular in u, solved for both right-hand sides
+    sides = torch.cat([beta * values, beta * k * since], -1)
+    solved = torch.linalg.solve_triangular((beta * write).tril(-1), sides, upper=False, unitriangular=True)
+    own, seen = (x.unbind(1) for x in solved.split([v.shape[3], k.shape[-1]], -1))
+    left, whole = (k * until).mT.unbind(1), since[..., -1, :, None].unbind(1)
+
+    def step(n: int, s: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        u = own[n] - seen[n] @ s
+        return (s, u), whole[n] * s + left[n] @ u
+
+    outs, state = cut.scan(step, state)
+    if not outs:
+        return torch.empty_like(v), state
+    entering, u = (torch.stack(x, 1) for x in zip(*outs, strict=True))
+    y = (q * since) @ entering + read @ u
+    return cut.join(rearrange(y, "b n h c v -> b n c h v")).to(v.dtype), state

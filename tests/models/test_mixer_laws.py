@@ -1,0 +1,99 @@
+"""Every mixer, with every option that changes its path, under the laws of a token mixer."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hybridlab.models.block import Parallel
+from hybridlab.models.mixer import TokenMixer
+from hybridlab.models.mixers.attention import Attention
+from hybridlab.models.mixers.gated_delta import GatedDelta
+from hybridlab.models.mixers.linear_attention import LinearAttention
+from hybridlab.models.mixers.mamba import Mamba
+from hybridlab.models.mixers.mamba2 import Mamba2
+from hybridlab.models.mixers.retention import Retention
+from hybridlab.testing.mixer_laws import MixerLaws
+
+
+def laws(mixer: type[TokenMixer], core: Callable[[int], int] | None = None, **options) -> type[MixerLaws]:
+    """A test class for one mixer with options; `core` gives its FLOPs beside the projections, worked out by hand."""
+
+    class Laws(MixerLaws):
+        def build(self, d_model: int) -> TokenMixer:
+            return mixer(d_model, **options)
+
+        def core_flops(self, length: int) -> int | None:
+            return None if core is None else core(length)
+
+    return Laws
+
+
+def pairs(length: int, window: int) -> int:
+    return sum(min(i + 1, window) for i in range(length))
+
+
+# 4 heads of 8: scores and weighted values, a multiply-add each
+TestAttention = laws(Attention, lambda n: 2 * 2 * 4 * 8 * pairs(n, n), n_heads=4)
+TestGroupedQueries = laws(Attention, lambda n: 2 * 2 * 4 * 16 * pairs(n, n), n_heads=4, n_kv_heads=2, head_dim=16)
+TestSlidingWindow = laws(Attention, lambda n: 2 * 2 * 4 * 8 * pairs(n, 5), n_heads=4, window=5)
+TestNoPositions = laws(Attention, n_heads=4, rope_dims=0, qk_norm=True)
+TestPartialRope = laws(Attention, n_heads=4, n_kv_heads=1, rope_dims=4, output_gate=True)
+TestSinks = laws(Attention, n_heads=4, n_kv_heads=2, sinks=True, window=16)
+TestSoftCap = laws(Attention, n_heads=4, soft_cap=2.0)
+TestAllOptions = laws(
+    Attention, n_heads=4, n_kv_heads=2, window=7, rope_dims=4, qk_norm=True, sinks=True, output_gate=True, soft_cap=3.0
+)  # fmt: skip
+
+# 64 channels: convolution 2·4, state 7 per number, D 2, gate 2
+TestMamba = laws(Mamba, lambda n: n * 64 * (8 + 7 * 16 + 2 + 2))
+TestMambaWithNorms = laws(Mamba, d_state=4, d_conv=2, norms=True)
+# 64 channels, B and C of 8 each: convolution 2·4 of 80, state 5 per number, Δ 1, D 2, gate 1
+TestMamba2 = laws(Mamba2, lambda n: n * (80 * 8 + 64 * (5 * 8 + 4)), head_dim=16, d_state=8)
+TestMamba2Groups = laws(Mamba2, head_dim=8, d_state=4, n_groups=2, expand=1, d_conv=3)
+# 4 heads of 8 and a column for the sum of keys
+TestLinearAttention = laws(LinearAttention, lambda n: n * 4 * 4 * 8 * 9, n_heads=4)
+TestLinearAttentionRelu = laws(LinearAttention, n_heads=2, feature="relu")
+TestLinearAttentionIdentity = laws(LinearAttention, n_heads=2, feature="identity", normalise=False)
+TestRetention = laws(Retention, lambda n: n * (5 * 4 * 8 * 16 + 64), n_heads=4)
+TestRetentionSquare = laws(Retention, n_heads=2, value_ratio=1)
+# 4 heads of 8: convolution 2·4 of 96, state 7 per number, gate 1
+TestGatedDelta = laws(GatedDelta, lambda n: n * (96 * 8 + 7 * 4 * 8 * 8 + 32), n_heads=4)
+TestGatedDeltaGroups = laws(
+    GatedDelta, n_heads=2, n_value_heads=4, key_dim=8, value_dim=6, d_conv=1, negative_eigenvalues=True
+)  # fmt: skip
+
+
+class TestParallel(MixerLaws):
+    def build(self, d_model: int) -> TokenMixer:
+        return Parallel(
+            d_model,
+            mixers={
+                "attn": lambda d: Attention(d, n_heads=4, window=8),
+                "ssm": lambda d: Mamba2(d, head_dim=16, d_state=8),
+            },
+            combine="normalised",
+        )
+
+
+@pytest.mark.long
+class TestManyPackings:
+    """R18 asks for 200 random packings."""
+
+    @pytest.mark.parametrize(
+        "one", [TestAllOptions, TestMamba, TestMamba2, TestRetention, TestGatedDelta, TestAttention]
+    )
+    def test_documents_are_isolated(self, one: type[MixerLaws]) -> None:
+        law = one()
+        law.n_packings = 200
+        law.test_a_change_in_one_document_changes_the_others_by_exactly_0(torch.float32)
+        law.test_packed_documents_equal_the_same_documents_alone(torch.float32)
+
+
+@pytest.mark.parametrize("one", [TestSinks, TestMamba, TestMamba2, TestGatedDelta])
+def test_the_laws_hold_over_several_chunks(one: type[MixerLaws]) -> None:
+    law = one()
+    law.batch, law.time, law.n_packings = 1, 100, 1
+    law.test_the_future_is_invisible(torch.float32)
+    law.test_gradients_flow_through_a_split_prefill(torch.float32)
+    law.test_packed_documents_equal_the_same_documents_alone(torch.float32)
