@@ -227,7 +227,8 @@ def _own_storage(t: Tensor, seen: set[int] | None = None) -> Tensor:
 def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors to write, each once; and the name under which each other one of the same memory is written."""
     first: dict[Any, str] = {}
-    kept, tied, seen = {}, {}, set()
+    kept, tied = {}, {}
+    seen: set[int] = set()
     for name, t in state.items():
         owner = first.setdefault((t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else name, name)
         if owner == name:

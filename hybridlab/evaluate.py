@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridlab.generate import Refused, command, count, load, names, read_options
+from hybridlab.config import ConfigError
+from hybridlab.generation.command import Refused, command, count, load, names, read_options
 
 KINDS: dict[str, Any] = {"run": str, "data": str, "seq_len": count, "rows": count, "batch_size": count}
 KINDS |= {"device": str, "cache": Path, "trust": names}
@@ -52,4 +53,4 @@ def evaluate_run(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(evaluate_run, __doc__, sys.argv[1:]))
+    sys.exit(command(evaluate_run, __doc__, sys.argv[1:], ConfigError))

@@ -12,77 +12,11 @@ seed=0 device=cuda trust=PACKAGE,PACKAGE   packages beside hybridlab whose class
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
-class Refused(Exception):
-    """Arguments that cannot be honoured; the message says why."""
-
-
-def read_options(args: Sequence[str], kinds: Mapping[str, Callable[[str], Any]]) -> list[tuple[str, Any]]:
-    """KEY=VALUE arguments in order, values verbatim through their kind. Raises Refused."""
-    found = []
-    for arg in args:
-        key, equals, value = arg.partition("=")
-        if not equals or key not in kinds:
-            near = "".join(f"; nearest: {name}" for name in get_close_matches(key, kinds, n=1))
-            raise Refused(f"{arg}: give KEY=VALUE with a key of {', '.join(kinds)}{near}")
-        try:
-            found.append((key, kinds[key](value)))
-        except ValueError as error:
-            raise Refused(f"{key}={value}: {error}") from error
-    if "run" not in dict(found):
-        raise Refused("run=PATH is missing: name a run folder or a checkpoint")
-    return found
-
-
-def count(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError("it must be a whole number, 1 or more")
-    return int(value)
-
-
-def names(value: str) -> tuple[str, ...]:
-    return tuple(filter(None, value.split(",")))
-
-
-def load(path: str, device: str | None, trusted: Sequence[str]) -> tuple[Any, Any]:
-    """Model and tokenizer, on the GPU where there is one and `device` names no other."""
-    import torch
-
-    from hybridlab.checkpoint import load_model
-
-    model, tokenizer = load_model(path, trusted=tuple(trusted))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise Refused(f"device={device}: {str(error).splitlines()[0]}") from error
-
-
-def command(run: Callable[[Sequence[str]], None], doc: str | None, args: Sequence[str]) -> int:
-    """Run a command line; returns its exit code: 2, and a line that says why, for what is refused."""
-    if {"-h", "--help"} & set(args):
-        print(doc)
-        return 0
-    from hybridlab.checkpoint import CheckpointError
-    from hybridlab.config import ConfigError
-
-    warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
-    try:
-        run(args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains while it exits
-    except KeyboardInterrupt:
-        return 130
-    except (Refused, CheckpointError, ConfigError, ValueError, OSError) as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    return 0
+from hybridlab.generation.command import Refused, command, count, load, names, read_options
 
 
 def _file(value: str) -> bytes:

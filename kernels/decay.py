@@ -1,6 +1,7 @@
 """Products of decays between any two tokens of a chunk, from sums that are never positive."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LEAST = -1e3  # exp of it is 0 even in float64; finite, so that differences of sums are
@@ -12,9 +13,11 @@ def decays(log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Also returns the decay since the chunk's start (i included) and up to its end (j left out), both [..., chunk].
     Sums are float64: a strong decay must not cost the weak ones after it their digits.
     """
-    total = log_decay.clamp(min=LEAST).double().cumsum(-1)
-    since, until = total.exp(), (total[..., -1:] - total).exp()
-    return _Between.apply(total, log_decay.dtype), since.to(log_decay.dtype), until.to(log_decay.dtype)
+    log_decay, dtype = log_decay.clamp(min=LEAST).double(), log_decay.dtype
+    total = log_decay.cumsum(-1)
+    # not total[-1] - total: what then cancels in the gradient can be far larger than what remains
+    rest = F.pad(log_decay.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
+    return _Between.apply(total, dtype), total.exp().to(dtype), rest.exp().to(dtype)
 
 
 class _Between(torch.autograd.Function):
@@ -22,8 +25,8 @@ class _Between(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, total: Tensor, dtype: torch.dtype) -> Tensor:
-        # positive differences stand above the diagonal only, and are selected away
-        y = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(dtype).clamp_(max=0).exp_().tril_()
+        # above the diagonal exp may overflow; those are selected away
+        y = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(dtype).exp_().tril_()
         ctx.save_for_backward(y)
         return y
 

@@ -128,6 +128,17 @@ def test_dependencies_exclude_the_known_bad():
     assert "torch>=2.11,<2.14" == asked["torch"]
 
 
+def code_lines(path: Path) -> int:
+    """Lines that are neither blank, nor comment, nor docstring."""
+    text = path.read_text()
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            prose |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(map(str.strip, text.splitlines()), 1)
+    return sum(1 for i, line in lines if line and not line.startswith("#") and i not in prose)
+
+
 def test_code_stays_small():
-    total = sum(len(path.read_text().splitlines()) for path in sources())
-    assert total < 4000, f"models, kernels and hybridlab hold {total} lines"
+    total = sum(code_lines(path) for path in sources())
+    assert total < 4000, f"models, kernels and hybridlab hold {total} lines of code"

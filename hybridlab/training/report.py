@@ -41,7 +41,9 @@ def facts(run: SimpleNamespace) -> str:
     rows = (
         f"{train} rows of {data.seq_len} tokens to train on, {valid} held out; {run.end:,} steps of {data.batch_size}"
     )
-    machine = f"{run.kind}, {torch.get_num_threads()} threads, {numerics}; everything lands in {run.folder}"
+    machine = f"{run.kind}, {torch.get_num_threads()} threads, {numerics}; " + (
+        "a dry run" if run.config["dry_run"] else f"everything lands in {run.folder}"
+    )
     return f"data: {'; '.join(f'{k} {v}' for k, v in shown.items())}\n{rows}\n{machine}"
 
 

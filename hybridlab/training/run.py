@@ -120,7 +120,9 @@ def _train(run: SimpleNamespace) -> int:
     except NonFinite as failure:
         print(failure, file=sys.stderr)
         return 1
-    if run.first and module.step >= run.end:
+    if config["dry_run"] and run.first:
+        print(f"dry run: one step taken, loss {module.record['loss']:.4f}; nothing is kept")
+    elif run.first and module.step >= run.end:
         finish(run, module)
     elif run.first:
         print(f"stopped after step {module.step} of {run.end}; the same command continues")

@@ -13,6 +13,7 @@ CASES: dict[str, Case] = {
     "constant": SIZES | dict(time=70, decay="head"),
     "undecayed": SIZES | dict(time=70, groups=1, decay=None, state=False),
     "channels": SIZES | dict(batch=1, time=83, decay="channel", docs=(0, 33, 50)),
+    "resets": SIZES | dict(time=83, low=-0.05, resets=5),
     "long": SIZES | dict(batch=1, time=1000, groups=1),
     "real": SIZES | dict(batch=8, time=512, heads=8, groups=1, key=64, value=64),
 }
@@ -22,11 +23,14 @@ def make(case: Case, device: torch.device | str, dtype: torch.dtype, generator: 
     draw = Draw(device, dtype, generator)
     b, t, h, g, k, v = (case[name] for name in ("batch", "time", "heads", "groups", "key", "value"))
     shape = {"head": (h,), "time": (b, t, h), "channel": (b, t, h, k)}.get(case["decay"])
+    log_decay = draw.log_decay(*shape, low=case.get("low", -1.0)) if shape else None
+    if log_decay is not None and "resets" in case:  # every so many steps, all is forgotten
+        log_decay[:, :: case["resets"]] = -100.0
     return dict(
         q=draw.normal(b, t, g, k, scale=k**-0.5),
         k=draw.normal(b, t, g, k),
         v=draw.normal(b, t, h, v),
-        log_decay=shape and draw.log_decay(*shape, low=case.get("low", -1.0)),
+        log_decay=log_decay,
         state=draw.normal(len(case["docs"] or range(b)), h, k, v) if case["state"] else None,
         offsets=draw.offsets(case["docs"]),
     )

@@ -9,10 +9,10 @@ import torch
 
 from hybridlab import checkpoint
 from hybridlab import evaluate as cli
-from hybridlab.config import build
+from hybridlab.config import ConfigError, build
 from hybridlab.data.batch import Batch
 from hybridlab.evaluation.score import evaluate, figures, score
-from hybridlab.generate import command
+from hybridlab.generation.command import command
 from hybridlab.packing import Packing
 from hybridlab.tokenizer import Tokenizer
 
@@ -111,7 +111,7 @@ def run(tmp_path, model, texts):
 @pytest.fixture
 def call(capsys, tmp_path):
     def call(*args: str):
-        code = command(cli.evaluate_run, cli.__doc__, [*args, f"cache={tmp_path / 'cache'}"])
+        code = command(cli.evaluate_run, cli.__doc__, [*args, f"cache={tmp_path / 'cache'}"], ConfigError)
         captured = capsys.readouterr()
         return code, json.loads(captured.out) if code == 0 else captured.err.strip().splitlines()[-1]
 

@@ -234,9 +234,9 @@ def test_a_signal_at_an_awkward_moment_still_saves_the_step_at_hand(tiny, moment
     module, name = places[moment]
     work = getattr(module, name)
 
-    def interrupted(*rest):
+    def interrupted(*rest, **named):
         os.kill(os.getpid(), number)
-        return work(*rest)
+        return work(*rest, **named)
 
     pid = in_a_fork(tiny.run(), lambda: setattr(module, name, interrupted))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code

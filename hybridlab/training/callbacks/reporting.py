@@ -35,6 +35,7 @@ class Reporter(Callback):
             run.stop,
         )
         self.end, self.peak, self.validated, self.clock = run.end, peak, 0, 0.0
+        self.dry = run.config["dry_run"]
         self.lines: Any = None
         self.bar: Any = None
 
@@ -85,7 +86,8 @@ class Reporter(Callback):
                 stream.close()
 
     def _due(self, step: int) -> bool:
-        return step == self.end or bool(self.settings.valid_every and step % self.settings.valid_every == 0)
+        every = self.settings.valid_every
+        return not self.dry and (step == self.end or (every is not None and step % every == 0))
 
     def _validate(self, module: TrainingModule) -> bool:
         """Add validation to the record; False when the run was asked to stop before it was done."""

@@ -1,0 +1,37 @@
+"""No test reaches the network, and none of what a test starts does."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+GUARD = '''"""Refuse every connection but local sockets and loopback; print a line that tests look for."""
+import socket
+
+_connect = socket.socket.connect
+
+
+def connect(self, address):
+    if self.family == socket.AF_UNIX or str(address[0]) in ("127.0.0.1", "::1", "localhost"):
+        return _connect(self, address)
+    raise OSError(f"NETWORK REACHED: {address}")
+
+
+socket.socket.connect = socket.socket.connect_ex = connect
+'''
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network(tmp_path_factory):
+    """Patched here, and through `sitecustomize` in subprocesses; no account of the user's is seen either."""
+    folder: Path = tmp_path_factory.mktemp("guard")
+    (folder / "sitecustomize.py").write_text(GUARD)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "HYBRIDLAB_KERNELS"):
+        os.environ.pop(name, None)
+    os.environ["NETRC"] = str(folder / "netrc")
+    before = socket.socket.connect, socket.socket.connect_ex
+    exec(GUARD)
+    yield
+    socket.socket.connect, socket.socket.connect_ex = before
