@@ -12,11 +12,12 @@ seed=0 device=cuda trust=PACKAGE,PACKAGE   packages beside hybridlab whose class
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hybridlab.generation.command import Refused, command, count, load, names, read_options
+from hybridlab.generation.command import command, count, load, read_options
 
 
 def _file(value: str) -> bytes:
@@ -24,66 +25,54 @@ def _file(value: str) -> bytes:
 
 
 SAMPLING = {"temperature": float, "top_k": count, "top_p": float, "min_p": float, "seed": int}
-KINDS: dict[str, Any] = {"run": str, "prompt": os.fsencode, "prompt_file": _file, "tokens": count, **SAMPLING}
-KINDS |= {"device": str, "trust": names}
+KINDS: dict[str, Any] = {"prompt": os.fsencode, "prompt_file": _file, "tokens": count, **SAMPLING}
 
 
 def generate_text(args: Sequence[str]) -> None:
     """Stream to standard output; figures go to standard error."""
     given = read_options(["prompt_file=-" if arg == "-" else arg for arg in args], KINDS)
-    prompts = [value for key, value in given if key.startswith("prompt")]
+    prompts, options = [value for key, value in given if key.startswith("prompt")], dict(given)
     if not prompts and sys.stdin.isatty():
-        raise Refused("no prompt: give prompt=TEXT, prompt_file=PATH, or text on standard input")
-    prompts = prompts or [sys.stdin.buffer.read()]
-    options = dict(given)
+        raise ValueError("no prompt: give prompt=TEXT, prompt_file=PATH, or text on standard input")
+    prompts = prompts or [_file("-")]
     from hybridlab.generation.decode import generate
     from hybridlab.generation.sampling import Sampler
 
     sampler = Sampler(**{key: options[key] for key in SAMPLING if key in options})
-    model, tokenizer = load(options["run"], options.get("device"), options.get("trust", ()))
+    model, tokenizer = load(options)
     if tokenizer is None:
-        raise Refused(f"run={options['run']}: has no tokenizer; its tokens do not stand for text")
+        raise ValueError(f"run={options['run']}: has no tokenizer; its tokens do not stand for text")
     ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     tokens, lengths = options.get("tokens", 200), [len(row) for row in ids]
-    screen = _Screen(tokenizer, prompts)
-    start, first, made = time.perf_counter(), 0.0, 0
-    for step in generate(model, ids, tokens, sampler, stop=tokenizer.bos):
-        first = first or time.perf_counter() - start
-        made += len(step)
-        screen.push(step)
-    screen.push([])
-    after = max(time.perf_counter() - start - first, 1e-9)
+    made, times = [], [time.perf_counter()]
+    for step in _shown(generate(model, ids, tokens, sampler, stop=tokenizer.bos), tokenizer, prompts):
+        made.append(len(step))
+        times.append(time.perf_counter())
+    read, reading, writing = sum(lengths), times[1] - times[0], times[-1] - times[1]
     state = model.state_bytes(max(lengths) + tokens, model.embed.weight.dtype)
-    print(
-        f"{sum(lengths)} tokens read, {sum(lengths) / first:,.0f} tokens/s; {made} tokens written, "
-        f"{made / after:,.0f} tokens/s; state {state:,} bytes for each of {len(ids)} sequences",
-        file=sys.stderr,
-    )
+    said = f"{read} tokens read, {read / reading:,.0f} tokens/s; {sum(made)} written"
+    said += f", {sum(made[1:]) / writing:,.0f} tokens/s; state {state:,} bytes for each of {len(ids)} sequences"
+    print(said, file=sys.stderr)
 
 
-class _Screen:
-    """The first unfinished prompt is shown as its text comes; that of later ones waits for its turn."""
-
-    def __init__(self, tokenizer: Any, prompts: Sequence[bytes]):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-        self.streams = [tokenizer.stream() for _ in prompts]
-        self.pending = [prompt.decode("utf-8", "replace") for prompt in prompts]
-        if len(prompts) > 1:
-            self.pending = [f"--- prompt {i} of {len(prompts)} ---\n{text}" for i, text in enumerate(self.pending, 1)]
-        self.turn = 0
-
-    def push(self, step: Sequence[tuple[int, int]]) -> None:
-        """(prompt, token) of every prompt that still runs; none when all have ended."""
+def _shown(steps: Iterable[list], tokenizer: Any, prompts: Sequence[bytes]) -> Iterator[list]:
+    """Steps of `generate`, printed: the first unfinished prompt as its text comes, each later one at its turn."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    streams, turn = [tokenizer.stream() for _ in prompts], 0
+    pending = [prompt.decode("utf-8", "replace") for prompt in prompts]
+    if len(prompts) > 1:
+        pending = [f"--- prompt {i} of {len(prompts)} ---\n{text}" for i, text in enumerate(pending, 1)]
+    for step in chain(steps, [[]]):  # in the last one nothing runs any more
         for row, token in step:
-            self.pending[row] += self.streams[row].push(token)
-        running = {row for row, _ in step}
-        while self.turn < len(self.streams):
-            print(self.pending[self.turn], end="", flush=True)
-            self.pending[self.turn] = ""
-            if self.turn in running:
-                return
-            print(self.streams[self.turn].finish(), flush=True)
-            self.turn += 1
+            pending[row] += streams[row].push(token)
+        while turn < len(prompts):
+            print(pending[turn], end="", flush=True)
+            pending[turn] = ""
+            if turn in dict(step):
+                break
+            print(streams[turn].finish(), flush=True)
+            turn += 1
+        yield step
 
 
 if __name__ == "__main__":

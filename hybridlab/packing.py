@@ -24,10 +24,7 @@ class Packing:
         """Documents of the given lengths in tokens, zero allowed. Raises ValueError on none or on a negative length."""
         if not lengths or min(lengths) < 0:
             raise ValueError(f"lengths={list(lengths)}: give at least one document, none of negative length")
-        ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-        if int(ends[-1]) > torch.iinfo(torch.int32).max:
-            raise ValueError(f"lengths sum to {int(ends[-1])} tokens, beyond the int32 range of offsets")
-        return cls(torch.cat([ends.new_zeros(1), ends]).to(device, torch.int32), max(lengths))
+        return cls(torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32), max(lengths))
 
     @classmethod
     def from_starts(cls, starts: Tensor) -> "Packing":
@@ -38,10 +35,6 @@ class Packing:
         offsets = torch.cat([first, first.new_tensor([marked.numel()])]).to(torch.int32)
         return cls(offsets, int(offsets.diff().max()))
 
-    @property
-    def n_docs(self) -> int:
-        return len(self.offsets) - 1
-
     @cached_property
     def tokens(self) -> int:
         """Number of tokens covered; syncs once on a GPU."""
@@ -51,7 +44,7 @@ class Packing:
     def ids(self) -> Tensor:
         """int64 [tokens]: the document of each token."""
         lengths = self.offsets.diff().long()
-        docs = torch.arange(self.n_docs, device=lengths.device)
+        docs = torch.arange(len(lengths), device=lengths.device)
         return torch.repeat_interleave(docs, lengths, output_size=self.tokens)
 
     @cached_property
@@ -71,8 +64,8 @@ class Packing:
         """Raise ValueError unless the documents cover exactly batch · time tokens (and number `docs`, where given)."""
         if self.tokens != batch * time:
             raise ValueError(f"packing covers {self.tokens} tokens, but x holds {batch} x {time} = {batch * time}")
-        if docs is not None and docs != self.n_docs:
-            raise ValueError(f"packing holds {self.n_docs} documents, but the state has {docs} rows")
+        if docs not in (None, len(self.offsets) - 1):
+            raise ValueError(f"packing holds {len(self.offsets) - 1} documents, but the state has {docs} rows")
 
     def to(self, device: torch.device | str) -> "Packing":
         return Packing(self.offsets.to(device), self.longest)

@@ -2,10 +2,8 @@
 
 import codecs
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +16,12 @@ _BOS = "<|bos|>"
 _BOS_NAMES = (_BOS, "<|begin_of_text|>", "<|endoftext|>", "<bos>", "<s>", "[BOS]")
 # a word with one sign or blank before it; up to 3 digits; signs; blanks but the last before a word; blanks
 _PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^ \t\r\n\p{L}\p{N}]+|[ \t\r\n]+(?![^ \t\r\n])|[ \t\r\n]+"
-# no match of _PATTERN goes on from a sign to a blank or from a letter to what is none (told here for ASCII alone), so
-# these pieces can be encoded apart, and equal ones once
-_WORD = re.compile(r"[ \t\r\n]*(?:[^ \t\r\nA-Za-z]*[A-Za-z]+(?=[\x00-@\[-`{-\x7f])|[^ \t\r\n]+)|[ \t\r\n]+")
 _PROBE = "def f(x):\n\treturn  'e\u0301 é' \r\n  ﬁ\u00a0ſ  "
 _ESCAPED = re.compile("([\udc80-\udcff]+)")  # what surrogateescape makes of bytes that are not UTF-8
+
+
+class DataError(ValueError):
+    """Data, or what was prepared from them, cannot be used as they are."""
 
 
 def _alphabet() -> dict[str, int]:
@@ -47,17 +46,14 @@ class Tokenizer:
         self._core = core
         self.bos: int = core.get_vocab()[bos]
         self.vocab_size: int = core.get_vocab_size()
-        self._by_word = _pre_tokenizer(core) == _pre_tokenizer(_core({}))
         self._bytes = self._read_bytes(name)
         self.token_bytes: Tensor = torch.tensor([len(b) for b in self._bytes])
         of_byte = {b: i for i, b in enumerate(self._bytes) if len(b) == 1}
         if len(of_byte) < 256:
             raise ValueError(f"{name} has tokens for {len(of_byte)} of the 256 bytes; only byte-level vocabularies fit")
         self._of_byte = np.array([of_byte[bytes([b])] for b in range(256)], dtype=np.uint32)
-        if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise ValueError(
-                f"{name} does not return text exactly ({self.decode(self.encode(_PROBE))!r} for {_PROBE!r})"
-            )
+        if (again := self.decode(self.encode(_PROBE))) != _PROBE:
+            raise ValueError(f"{name} does not return text exactly ({again!r} for {_PROBE!r})")
 
     @classmethod
     def from_bytes(cls) -> "Tokenizer":
@@ -69,14 +65,12 @@ class Tokenizer:
         """BPE on `texts`, document start included in `vocab_size`. Equal texts give an equal tokenizer."""
         if vocab_size < 257:
             raise ValueError(f"vocab_size={vocab_size}: 256 bytes and a document start need at least 257")
-        core = _core({})
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        )
+        core, alphabet = _core({}), pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
         core.train_from_iterator((as_bytes(t).decode("utf-8", "ignore") for t in texts), trainer)
         self = cls(core)
         if self.vocab_size != vocab_size:
-            raise ValueError(f"vocab_size={vocab_size}, but the text given yields {self.vocab_size} tokens; lower it")
+            raise DataError(f"vocab_size={vocab_size}, but the text given yields {self.vocab_size} tokens; lower it")
         return self
 
     @classmethod
@@ -89,8 +83,6 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer file: {error}") from error
         return cls(core, str(path))
-
-    from_file = load
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._core.to_str(), encoding="utf-8")
@@ -110,9 +102,10 @@ class Tokenizer:
             return [self._single(data) for data in raw]
         # valid text at even places, escaped bytes between
         pieces = [_ESCAPED.split(data.decode("utf-8", "surrogateescape")) for data in raw]
-        valid = iter(self._encode_valid([piece for doc in pieces for piece in doc[::2]]))
+        valid = self._core.encode_batch_fast([p for doc in pieces for p in doc[::2]], add_special_tokens=False)
+        ids = (np.array(encoding.ids, np.uint32) for encoding in valid)
         return [
-            np.concatenate([self._single(as_bytes(p)) if i % 2 else next(valid) for i, p in enumerate(doc)])
+            np.concatenate([self._single(as_bytes(p)) if i % 2 else next(ids) for i, p in enumerate(doc)])
             for doc in pieces
         ]
 
@@ -129,15 +122,6 @@ class Tokenizer:
 
     def _single(self, data: bytes) -> np.ndarray:
         return self._of_byte[np.frombuffer(data, np.uint8)]
-
-    def _encode_valid(self, texts: list[str]) -> list[np.ndarray]:
-        if not self._by_word:
-            return [np.array(e.ids, np.uint32) for e in self._core.encode_batch_fast(texts, add_special_tokens=False)]
-        words = [_WORD.findall(text) for text in texts]
-        unique = list(dict.fromkeys(chain.from_iterable(words)))
-        found = self._core.encode_batch_fast(unique, add_special_tokens=False)
-        ids = {word: e.ids for word, e in zip(unique, found, strict=True)}
-        return [np.fromiter(chain.from_iterable(map(ids.__getitem__, doc)), np.uint32) for doc in words]
 
     def _read_bytes(self, name: str) -> list[bytes]:
         """Bytes of every id."""
@@ -171,15 +155,10 @@ class TextStream:
 def _core(vocab: dict[str, int]) -> tokenizers.Tokenizer:
     core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     split = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    as_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, as_characters])
     core.decoder = decoders.ByteLevel()
     return core
-
-
-def _pre_tokenizer(core: tokenizers.Tokenizer) -> object:
-    return json.loads(core.to_str())["pre_tokenizer"]
 
 
 def as_bytes(text: str | bytes) -> bytes:

@@ -22,12 +22,6 @@ def shapes(named: Named) -> Sizes:
     return sizes
 
 
-def groups(sizes: Sizes) -> None:
-    """Raise ValueError unless the groups `g` divide the heads `h`."""
-    if sizes["h"] % sizes["g"]:
-        raise ValueError(f"{sizes['g']} groups of q and k do not divide {sizes['h']} heads of v")
-
-
 def state(state: Tensor | None, axes: str, sizes: Sizes, offsets: Tensor | None) -> None:
     """Raise ValueError unless `offsets` covers the tokens of one row, and `state` has a row for each."""
     rows = sizes["b"]
@@ -41,9 +35,8 @@ def state(state: Tensor | None, axes: str, sizes: Sizes, offsets: Tensor | None)
         rows = len(offsets) - 1
     want = [rows, *(sizes[letter] for letter in axes.split())]
     if state is not None and list(state.shape) != want:
-        raise ValueError(
-            f"state has shape {list(state.shape)}, but must be [{'b' if offsets is None else 'docs'} {axes}] = {want}"
-        )
+        rows_are = "b" if offsets is None else "docs"
+        raise ValueError(f"state has shape {list(state.shape)}, but must be [{rows_are} {axes}] = {want}")
 
 
 def within(name: str, tensor: Tensor | None, low: float, high: float) -> None:

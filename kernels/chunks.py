@@ -14,12 +14,23 @@ def initial(state: Tensor | None, like: Tensor, offsets: Tensor | None, *shape: 
     return like.new_zeros(rows, *shape, dtype=wide) if state is None else state.to(wide)
 
 
-def by_document(run: Callable[..., tuple[Tensor, Tensor]], offsets: Tensor, tokens: list, state: Tensor):
-    """What packing means: `run(tokens, state)` on each document alone; tokens [1, time, ...], state [docs, ...]."""
-    lengths = offsets.diff().tolist()
-    parts = zip(*(x.split(lengths, dim=1) for x in tokens), strict=True)
-    ys, states = zip(*(run(list(doc), state[i : i + 1]) for i, doc in enumerate(parts)), strict=True)
-    return torch.cat(ys, 1), torch.cat(states)
+def recur(
+    step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, offsets: Tensor | None, *tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`step(state, *tokens at t) -> (state, y_t)` over time; every y_t has the shape of the first tokens.
+
+    tokens [batch, time, ...]. With offsets, batch is 1 and document i starts from row i of the state; this is what
+    packing means.
+    """
+    if offsets is None:
+        ys = [tokens[0][:, :0]]
+        for token in zip(*(x.unbind(1) for x in tokens), strict=True):
+            state, y = step(state, *token)
+            ys.append(y[:, None])
+        return torch.cat(ys, 1), state
+    docs = zip(state.split(1), *(x.split(offsets.diff().tolist(), 1) for x in tokens), strict=True)
+    parts = [recur(step, row, None, *doc) for row, *doc in docs]
+    return torch.cat([y for y, _ in parts], 1), torch.cat([state for _, state in parts])
 
 
 class Take(torch.autograd.Function):

@@ -7,6 +7,16 @@ from torch import Tensor
 LEAST = -1e3  # exp of it is 0 even in float64; finite, so that differences of sums are
 
 
+def per_token(log_decay: Tensor | None, v: Tensor) -> Tensor:
+    """None, [heads], [batch, time, heads] or [..., key] -> [batch, time, heads, 1 or key], in float32 or wider.
+
+    v  [batch, time, heads, value]
+    """
+    log_decay = v.new_zeros(v.shape[2]) if log_decay is None else log_decay
+    log_decay = log_decay if log_decay.dim() == 4 else log_decay.expand(v.shape[:3])[..., None]
+    return log_decay.to(torch.promote_types(v.dtype, torch.float32))
+
+
 def decays(log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """exp(Σ_{j < m ≤ i} log_decay_m) for i ≥ j, and 0 above: [..., chunk, chunk] from log_decay [..., chunk].
 

@@ -3,11 +3,13 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hybridlab.kernels.draw import Draw
 
 Case = dict[str, Any]  # sizes and options by name, e.g. dict(batch=2, time=63, heads=3, key=64)
 Outputs = tuple[Tensor, ...]
@@ -42,19 +44,16 @@ class Op:
     """A definition, its versions in order of preference, and the sizes that tests check and benchmarks time.
 
     check   same signature -> None; raises ValueError on arguments that no version may serve
-    make    (case, device, dtype, generator) -> arguments by name; floating tensors are differentiable inputs
+    draw    (case, Draw) -> arguments by name; floating tensors are differentiable inputs
     flops   case -> forward FLOPs of the mathematics, 2 per multiply-add
-    bytes   (case, dtype) -> bytes that one fused forward pass must read and write
     """
 
     name: str
     reference: Callable[..., Outputs]
     versions: Mapping[str, Version]
     cases: Mapping[str, Case]  # by name: tiny, irregular, long, real
-    make: Callable[[Case, torch.device | str, torch.dtype, torch.Generator], dict[str, Any]]
+    draw: Callable[[Case, Draw], dict[str, Any]]
     flops: Callable[[Case], int]
-    bytes: Callable[[Case, torch.dtype], int]
-    executed_flops: Mapping[str, Callable[[Case], int]] = field(default_factory=dict)
     check: Callable[..., Any] = accepts_all
 
     def __call__(self, *args: Any, version: str = "auto", **kwargs: Any) -> Outputs:
@@ -64,8 +63,7 @@ class Op:
         does not reach inside: an op computes as its definition says.
         """
         self.check(*args, **kwargs)
-        if version == "auto":
-            version = _forced().get(self.name, "auto")
+        version = _forced().get(self.name, "auto") if version == "auto" else version
         if version == "auto":
             version = self._pick(args, kwargs)
         elif why := self.unavailable(version, *args, **kwargs):
@@ -76,34 +74,39 @@ class Op:
 
     def get(self, version: str) -> Callable[..., Outputs]:
         """The function of one version; "reference" is the definition."""
-        if version == "reference":
-            return self.reference
-        if version not in self.versions:
-            raise ValueError(f"{self.name} has no version {version!r}; it has {['reference', *self.versions]}")
-        return self.versions[version].run
+        return self._version(version).run
 
     def unavailable(self, version: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `version` cannot serve this call, or None."""
-        self.get(version)
-        return None if version == "reference" else self.versions[version].refuses(*args, **kwargs)
+        return self._version(version).refuses(*args, **kwargs)
+
+    def make(self, case: Case, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator) -> dict:
+        """Random arguments by name."""
+        return self.draw(case, Draw(device, dtype, generator))
+
+    def bytes(self, case: Case, dtype: torch.dtype) -> int:
+        """What one fused forward pass must read and write: the arguments and outputs of a run on a CPU."""
+        args = self.make(case, "cpu", dtype, torch.Generator())
+        return sum(x.nbytes for x in (*args.values(), *self(**args)) if isinstance(x, Tensor))
+
+    def _version(self, name: str) -> Version:
+        versions = {"reference": Version(self.reference), **self.versions}
+        if name not in versions:
+            raise ValueError(f"{self.name} has no version {name!r}; it has {[*versions]}")
+        return versions[name]
 
     def _pick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        refusals: dict[str, str] = {}
-        for name, version in self.versions.items():
-            if version.ordered:
-                continue
-            if (why := version.refuses(*args, **kwargs)) is None:
-                self._say(name, refusals)
-                return name
-            refusals[name] = why
-        self._say("reference", refusals)
-        return "reference"
-
-    def _say(self, version: str, refusals: Mapping[str, str]) -> None:
-        if (self.name, version) not in _said and not torch.compiler.is_compiling():
-            _said.add((self.name, version))
-            why = "; ".join(f"{name} refused: {reason}" for name, reason in refusals.items()) or "first choice"
-            _log.info("%s runs as %r (%s)", self.name, version, why)
+        """The first version that accepts the call, else the definition; says so once."""
+        unordered = [name for name, version in self.versions.items() if not version.ordered]
+        refusals = []
+        for name in (*unordered, "reference"):
+            if (why := self.unavailable(name, *args, **kwargs)) is None:
+                break
+            refusals.append(f"{name} refused: {why}")
+        if (self.name, name) not in _said and not torch.compiler.is_compiling():
+            _said.add((self.name, name))
+            _log.info("%s runs as %r (%s)", self.name, name, "; ".join(refusals) or "first choice")
+        return name
 
 
 def _forced() -> dict[str, str]:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+Part = Callable[[int], Any]  # d_model -> a block
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -59,17 +60,13 @@ def sharing(shared: Mapping[str, Sequence[int]] | None, layout: Sequence[str]) -
         if len(places) < 2 or not all(0 <= place < len(layout) for place in places):
             raise ValueError(f"shared.{name}={list(places)}: give two or more places from 0 to {len(layout) - 1}")
         if len(kinds := {layout[place] for place in places}) > 1:
-            raise ValueError(
-                f"shared.{name}={list(places)} mixes the blocks {sorted(kinds)}; shared places hold one block"
-            )
+            raise ValueError(f"shared.{name}={list(places)} mixes the blocks {sorted(kinds)}; give places of one block")
         for place in places:
             owner[place] = min(places)
     return owner
 
 
-def parts_by_place(
-    layout: Sequence[str], blocks: Mapping[str, Callable[[int], Any]], places: Mapping[int, Mapping[str, Any]] | None
-) -> list[Callable[[int], Any]]:
+def parts_by_place(layout: Sequence[str], blocks: Mapping[str, Part], places: Mapping | None) -> list[Part]:
     """The block of every place, `places` worked in. Raises ValueError on unknown places or keys."""
     places = places or {}
     if outside := [place for place in places if not (isinstance(place, int) and 0 <= place < len(layout))]:
@@ -85,9 +82,9 @@ def override(part: Any, changes: Any, where: str) -> Any:
     if not isinstance(changes, Mapping):
         return changes
     if isinstance(part, partial):
-        known, old = list(inspect.signature(part.func).parameters), part.keywords
+        known, old = list(inspect.signature(part.func).parameters), dict(part.keywords)
     elif isinstance(part, Mapping):
-        known, old = list(part), part
+        known, old = list(part), dict(part)
     else:
         raise ValueError(f"{where}={dict(changes)}: there is nothing here whose options could be changed")
     if unknown := [key for key in changes if key not in known]:

@@ -1,7 +1,7 @@
 """A language model whose layers are named blocks laid out by a pattern."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hybridlab.models.block import Block
 from hybridlab.models.layout import check_names, expand, parts_by_place, sharing
-from hybridlab.models.mixer import State, state_tensors
-from hybridlab.models.parts.init import Module
+from hybridlab.models.mixer import Device, Dtype, State, Stateful
+from hybridlab.models.parts.init import count
 from hybridlab.models.parts.ngram import Found, NgramHeads
 from hybridlab.models.parts.norm import RMSNorm
 from hybridlab.packing import Packing
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     state_bytes: int
 
 
-class HybridLM(Module):
+class HybridLM(Stateful):
     """Embedding, layers, norm, head.
 
     pattern   block names, repeated to `n_layers`; or a string read through `letters`
@@ -50,19 +50,12 @@ class HybridLM(Module):
     """
 
     def __init__(
-        self,
-        *,
-        vocab_size: int,
-        d_model: int,
-        pattern: str | Sequence[str],
-        blocks: Mapping[str, Callable[[int], Block]],
-        n_layers: int | None = None,
-        letters: Mapping[str, str] | None = None,
-        places: Mapping[int, Mapping[str, Any]] | None = None,
-        shared: Mapping[str, Sequence[int]] | None = None,
-        tied: bool = False,
+        self, *, vocab_size: int, d_model: int, pattern: str | Sequence[str],
+        blocks: Mapping[str, Callable[[int], Block]], n_layers: int | None = None,
+        letters: Mapping[str, str] | None = None, places: Mapping[int, Mapping[str, Any]] | None = None,
+        shared: Mapping[str, Sequence[int]] | None = None, tied: bool = False,
         ngram: Callable[[int], NgramHeads] | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if vocab_size < 1 or d_model < 1:
             raise ValueError(f"vocab_size={vocab_size} and d_model={d_model} must be positive")
@@ -72,9 +65,7 @@ class HybridLM(Module):
         self.owner = sharing(shared, self.layout)
         parts = parts_by_place(self.layout, blocks, places)
         if moved := [place for place in places or {} if self.owner[place] != place or self.owner.count(place) > 1]:
-            raise ValueError(
-                f"places overrides {moved}, which share their parameters with others; define a block instead"
-            )
+            raise ValueError(f"places overrides {moved}, which share their parameters; define a block instead")
         self.embed = nn.Embedding(vocab_size, d_model)
         self.ngram = ngram(d_model) if ngram else None
         self.layers = nn.ModuleDict({str(i): parts[i](d_model) for i in sorted(set(self.owner))})
@@ -85,20 +76,17 @@ class HybridLM(Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Embedded tokens of unit variance; first logits near zero; what writes into the residual, less with depth."""
-        nn.init.normal_(self.embed.weight, std=1.0 if self.head is not None else self.d_model**-0.5)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=1 / self.d_model)
-        self.norm.reset_parameters()
-        if self.ngram is not None:
-            self.ngram.reset_parameters()
-        for layer in self.layers.values():
-            layer.reset_parameters()
-            for weight in layer.output_weights():
-                weight.mul_((2 * len(self.layout)) ** -0.5)
+        super().reset_parameters()
+        (self.embed if self.head is None else self.head).weight.mul_(self.d_model**-0.5)
+        for weight in (weight for i in set(self.owner) for weight in self._layer(i).output_weights()):
+            weight.mul_((2 * len(self.layout)) ** -0.5)
+
+    def _layer(self, owner: int) -> Block:
+        return cast(Block, self.layers[str(owner)])
 
     def by_place(self) -> list[Block]:
         """The layer at every place; shared ones appear more than once."""
-        return [self.layers[str(i)] for i in self.owner]
+        return [self._layer(i) for i in self.owner]
 
     def forward(self, tokens: Tensor, packing: Packing | None = None) -> Output:
         """tokens int64 [batch, time]. Raises ValueError when `packing` does not cover them."""
@@ -119,45 +107,37 @@ class HybridLM(Module):
         x = self.embed(tokens)
         if self.head is None:
             x = x * self.d_model**0.5  # small enough for the head, scaled for the layers
-        return x if found is None else self.ngram.enter(x, found, self.embed)
+        return x if self.ngram is None or found is None else self.ngram.enter(x, found, self.embed)
 
     def _logits(self, x: Tensor, found: Found | None) -> Tensor:
         x = self.norm(x)
         logits = F.linear(x, self.embed.weight if self.head is None else self.head.weight)
-        return logits if found is None else self.ngram.leave(logits, x, found)
+        return logits if self.ngram is None or found is None else self.ngram.leave(logits, x, found)
 
-    def init_state(
-        self, batch: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[State, ...]:
+    def init_state(self, batch: int, max_len: int, device: Device = None, dtype: Dtype = None) -> State:
         """One state per place (then the n-gram heads'), before the first token; defaults are the embedding's."""
         device, dtype = device or self.embed.weight.device, dtype or self.embed.weight.dtype
         states = [layer.init_state(batch, max_len, device, dtype) for layer in self.by_place()]
         return (*states, *([] if self.ngram is None else [self.ngram.init_state(batch, max_len, device)]))
 
-    def prefill(
-        self, tokens: Tensor, state: tuple[State, ...], packing: Packing | None = None
-    ) -> tuple[Tensor, tuple[State, ...]]:
+    def prefill(self, tokens: Tensor, state: State, packing: Packing | None = None) -> tuple[Tensor, State]:
         """tokens int64 [batch, time] -> logits [batch, time, vocab], state. Consumes `state`.
 
         With `packing`, tokens is [1, tokens] and document i continues row i of the state.
         """
-        found, read = None, []
-        if self.ngram is not None:
-            found, *read = self.ngram.prefill(tokens, state[-1], packing)
-        x, after = self._enter(tokens, found), []
-        for layer, s in zip(self.by_place(), state, strict=False):
-            x, s = layer.prefill(x, s, packing, tokens)
-            after.append(s)
-        return self._logits(x, found), (*after, *read)
+        found, *read = (None,) if self.ngram is None else self.ngram.prefill(tokens, state[-1], packing)
+        return self._advance(lambda layer, x, s: layer.prefill(x, s, packing, tokens), tokens, state, found, read)
 
-    def step(self, tokens: Tensor, state: tuple[State, ...]) -> tuple[Tensor, tuple[State, ...]]:
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """tokens int64 [batch] -> logits [batch, vocab], state. Consumes `state`."""
-        found, read = None, []
-        if self.ngram is not None:
-            found, *read = self.ngram.step(tokens, state[-1])
+        found, *read = (None,) if self.ngram is None else self.ngram.step(tokens, state[-1])
+        return self._advance(lambda layer, x, s: layer.step(x, s, tokens), tokens, state, found, read)
+
+    def _advance(self, advance: Callable, tokens: Tensor, state: State, found: Found | None, read: list) -> tuple:
+        """`advance(layer, x, state)` -> x, state through all places; `read` is what the n-gram heads remember."""
         x, after = self._enter(tokens, found), []
         for layer, s in zip(self.by_place(), state, strict=False):
-            x, s = layer.step(x, s, tokens)
+            x, s = advance(layer, x, s)
             after.append(s)
         return self._logits(x, found), (*after, *read)
 
@@ -166,23 +146,16 @@ class HybridLM(Module):
         around = 2 * self.vocab_size * self.d_model * length + (self.ngram.flops(length) if self.ngram else 0)
         return sum(layer.flops(length) for layer in self.by_place()) + around
 
-    def state_bytes(self, max_len: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes of state per sequence."""
-        states = self.init_state(1, max_len, "meta", dtype)
-        return sum(t.numel() * t.element_size() for t in state_tensors(states))
-
     def n_params(self) -> tuple[int, int]:
         """Parameters in all, and those that one token passes through."""
-        total = sum(p.numel() for p in self.parameters())
-        ffns = [layer.ffn for layer in self.layers.values() if layer.ffn is not None]
-        idle = sum(sum(p.numel() for p in ffn.parameters()) - ffn.active_params() for ffn in ffns)
-        return total, total - idle
+        ffns = [layer.ffn for layer in map(self._layer, set(self.owner)) if layer.ffn is not None]
+        return count(self), count(self) - sum(count(ffn) - ffn.active_params() for ffn in ffns)
 
     def table(self, length: int = 1024) -> list[Row]:
         """One row per place, for a context of `length` tokens. Shared parameters count where they stand first."""
         rows = []
         for place, (name, layer) in enumerate(zip(self.layout, self.by_place(), strict=True)):
-            params = sum(p.numel() for p in layer.parameters()) if self.owner[place] == place else 0
+            params = count(layer) if self.owner[place] == place else 0
             mixer, ffn = (type(part).__name__ if part is not None else "-" for part in (layer.mixer, layer.ffn))
             rows.append(Row(place, name, mixer, ffn, params, layer.flops(length) / length, layer.state_bytes(length)))
         return rows

@@ -1,19 +1,34 @@
 """The one interface every token mixer implements."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hybridlab.models.parts.init import Module
 from hybridlab.packing import Packing
 
 State = Any  # a NamedTuple of tensors (or of States), one type per mixer; the first axis of every tensor is the batch
+Device = torch.device | str | None
+Dtype = torch.dtype | None
 
 
-class TokenMixer(Module, ABC):
+class Stateful(Module, ABC):
+    """What can go on token by token, because all that it must remember stands in a state."""
+
+    @abstractmethod
+    def init_state(self, batch: int, max_len: int, device: Device = None, dtype: Dtype = None) -> State:
+        """State before the first token. `max_len` bounds what it must remember; recurrences are float32 or wider."""
+
+    def state_bytes(self, max_len: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of state held per sequence, read off `init_state` without allocating it."""
+        return sum(t.nbytes for t in state_tensors(self.init_state(1, max_len, "meta", dtype)))
+
+
+class TokenMixer(Stateful):
     """Mixes information along time; never along batch, never backwards in time.
 
     x is [batch, time, d_model]. Parameters a mixer owns itself (decays, step sizes, skips) stay float32 or wider under
@@ -27,12 +42,6 @@ class TokenMixer(Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """x [batch, time, d_model] -> same shape. With `packing`, documents do not see each other."""
-
-    @abstractmethod
-    def init_state(
-        self, batch: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> State:
-        """State before the first token. `max_len` bounds what it must remember; recurrences are float32 or wider."""
 
     @abstractmethod
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -53,15 +62,12 @@ class TokenMixer(Module, ABC):
         return (torch.stack(ys, 1) if ys else torch.empty_like(x)), state
 
     def _prefill_documents(self, x: Tensor, state: State, packing: Packing) -> tuple[Tensor, State]:
-        packing.check(*x.shape[:2], docs=_batch(state))
-        ys, rows = [], []
-        for i, doc in enumerate(x.split(packing.offsets.diff().tolist(), dim=1)):
-            y, row = self.prefill(doc, map_state(lambda t, i=i: t[i : i + 1], state))
-            ys.append(y)
-            rows.append(row)
-        return torch.cat(ys, 1), cat_states(rows)
+        packing.check(x.shape[0], x.shape[1], docs=len(state_tensors(state)[0]))
+        docs = enumerate(x.split(packing.offsets.diff().tolist(), dim=1))
+        parts = [self.prefill(doc, map_state(lambda t, i=i: t[i : i + 1], state)) for i, doc in docs]
+        return torch.cat([y for y, _ in parts], 1), map_state(lambda *rows: torch.cat(rows), *(row for _, row in parts))
 
-    def output_weights(self) -> list[nn.Parameter]:
+    def output_weights(self) -> list[Tensor]:
         """The matrices that write into the residual stream; models scale their initial values by depth."""
         return [self.out.weight]
 
@@ -69,38 +75,17 @@ class TokenMixer(Module, ABC):
     def flops(self, length: int) -> int:
         """Forward FLOPs of the mathematics on one document; `flops(n) - flops(n - 1)` is the n-th step."""
 
-    def state_bytes(self, max_len: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes of state held per sequence, read off `init_state` without allocating it."""
-        return sum(t.numel() * t.element_size() for t in state_tensors(self.init_state(1, max_len, "meta", dtype)))
 
-
-def wide(dtype: torch.dtype | None) -> torch.dtype:
+def wide(dtype: Dtype) -> torch.dtype:
     """The dtype that states and accumulations use for inputs of `dtype`: float32 or wider."""
     return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
 
 
-def state_tensors(state: State) -> Iterator[Tensor]:
+def state_tensors(state: State) -> list[Tensor]:
     """Every tensor of a state, in a fixed order."""
-    if isinstance(state, Tensor):
-        yield state
-    else:
-        for part in state:
-            yield from state_tensors(part)
+    return tree_leaves(state)
 
 
-def map_state(fn: Any, *states: State) -> State:
+def map_state(fn: Callable[..., Tensor], *states: State) -> State:
     """Apply `fn` to corresponding tensors of states of one type."""
-    first = states[0]
-    if isinstance(first, Tensor):
-        return fn(*states)
-    parts = [map_state(fn, *group) for group in zip(*states, strict=True)]
-    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
-
-
-def cat_states(states: list[State]) -> State:
-    """Rows of several states as one state."""
-    return map_state(lambda *ts: torch.cat(ts), *states)
-
-
-def _batch(state: State) -> int:
-    return next(state_tensors(state)).shape[0]
+    return tree_map(fn, *states)

@@ -32,6 +32,6 @@ def no_network(tmp_path_factory):
         os.environ.pop(name, None)
     os.environ["NETRC"] = str(folder / "netrc")
     before = socket.socket.connect, socket.socket.connect_ex
-    exec(GUARD)
+    exec(GUARD, {})
     yield
     socket.socket.connect, socket.socket.connect_ex = before

@@ -4,32 +4,29 @@ import argparse
 import functools
 import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from hybridlab.config.nodes import ConfigError, build, find_class, fit, merge, nearest, whole
+from hybridlab.config.nodes import ConfigError, build, fit, merge, nearest, whole
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HASHED = ("model", "data", "optim", "objective", "seed")
 PARTS = ("data", "optim", "objective", "trainer", "logger", "model")
-PLAIN: dict[str, Any] = {
-    "name": str, "seed": int, "run_dir": str, "resume": str, "init_from": str | None, "init_allow": Sequence[str],
-    "cache": str, "dry_run": bool,
-}  # fmt: skip
+PLAIN: dict[str, Any] = dict.fromkeys(("name", "run_dir", "resume", "cache"), str)
+PLAIN |= {"seed": int, "init_from": str | None, "init_allow": Sequence[str], "dry_run": bool}
 
 
-def compose(overrides: Iterable[str] = (), configs: Path = CONFIGS, config_dir: str | None = None) -> dict[str, Any]:
-    """The resolved configuration; `config_dir` is a second folder of configs. Raises ConfigError."""
+def compose(overrides: Iterable[str] = (), configs: Path = CONFIGS) -> dict[str, Any]:
+    """The resolved configuration. Raises ConfigError."""
     from hydra import compose as hydra_compose
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import OmegaConf
 
     def resolved() -> dict[str, Any]:
         config: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -38,16 +35,14 @@ def compose(overrides: Iterable[str] = (), configs: Path = CONFIGS, config_dir: 
             model["places"] = functools.reduce(merge, ({whole(k): v} for k, v in model["places"].items()), {})
         return config
 
-    with _hydra(overrides, configs, config_dir) as (spelled, _):
-        cfg = hydra_compose("train", spelled, return_hydra_config=True)
-        chosen = cfg.hydra.runtime.choices.get("config") or "train"
-        with open_dict(cfg):
-            del cfg["hydra"]
+    with _hydra(overrides, configs) as (spelled, parsed):
+        cfg = hydra_compose("train", spelled)
         if missing := sorted(OmegaConf.missing_keys(cfg)):
-            names = ", ".join(sorted(path.stem for path in (configs / "config").glob("*.yaml")))
-            raise ConfigError(missing[0], f"missing; +config=NAME brings a model, NAME being one of {names}", "???")
+            rule = f"missing; +config=NAME brings a model, NAME being one of {', '.join(_names(configs))}"
+            raise ConfigError(missing[0], rule, "???")
         if "name" in cfg and cfg.name is None:
-            cfg.name = f"{chosen}-{fingerprint(resolved())}"
+            chosen = [override.value() for override in parsed if override.key_or_group == "config"]
+            cfg.name = f"{chosen[-1] if chosen else 'train'}-{fingerprint(resolved())}"
         return resolved()
 
 
@@ -57,34 +52,35 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(same_keys, sort_keys=True).encode()).hexdigest()[:6]
 
 
+def _names(configs: Path) -> list[str]:
+    return sorted(path.stem for path in (configs / "config").glob("*.yaml"))
+
+
 @contextmanager
-def _hydra(overrides: Iterable[str], configs: Path, config_dir: str | None) -> Iterator[tuple[list[str], Any]]:
-    """Hydra initialised: the overrides as it wants them, and its loader; its errors leave as ConfigError.
+def _hydra(overrides: Iterable[str], configs: Path) -> Iterator[tuple[list[str], list[Any]]]:
+    """Hydra initialised: the overrides as it wants them and as it reads them; its errors leave as ConfigError.
 
     An override of a plain value may name any key (`++`): whether the key exists is for the constructors to say.
     """
     from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
 
-    given, spelled, groups = list(overrides), [], []
+    given, spelled = list(overrides), []
+    groups = [path.name for path in configs.iterdir() if path.is_dir()]
     try:
+        parsed = OverridesParser.create().parse_overrides(given)
+        for override in parsed:
+            key, line, value = override.key_or_group, str(override.input_line), override.value()
+            if re.match(r"hydra\b", key):
+                raise ConfigError(key, "Hydra only composes here, its own settings are not in use", line)
+            grouped = override.package is not None or "/" in key or key in groups
+            if grouped and isinstance(value, int | float):
+                raise ConfigError(key, "chosen by the name of one of its files", value)
+            change = override.type is OverrideType.CHANGE and not (grouped and not isinstance(value, dict))
+            spelled.append(f"++{line}" if change else line)
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            groups = [*loader.list_groups(""), *(p.name for p in Path(config_dir or configs).iterdir() if p.is_dir())]
-            for override in OverridesParser.create().parse_overrides(given):
-                key, line = override.key_or_group, str(override.input_line)
-                if re.match(r"hydra\b", key):
-                    raise ConfigError(key, "Hydra only composes here, its own settings are not in use", line)
-                grouped = override.package is not None or "/" in key or key in groups
-                if grouped and isinstance(override.value(), int | float):
-                    raise ConfigError(key, "chosen by the name of one of its files", override.value())
-                chosen = grouped and not isinstance(override.value(), dict)
-                spelled.append(f"++{line}" if override.type is OverrideType.CHANGE and not chosen else line)
-            if config_dir:
-                spelled.append(f"hydra.searchpath=['{Path(config_dir).resolve().as_uri()}']")
-            yield spelled, loader
+            yield spelled, parsed
     except ConfigError:
         raise
     except Exception as error:
@@ -115,21 +111,20 @@ def _rewritten(error: Exception, given: Sequence[str], groups: Sequence[str]) ->
 
 
 def check(config: Mapping[str, Any]) -> SimpleNamespace:
-    """The parts of a run, all built but the model, which `model_factory` builds and which here was built on meta.
+    """The parts of a run, all built but the model, which `model_factory` builds and which here was built unfilled.
 
     Raises ConfigError on the first key that is unknown, missing, of the wrong type or refused by a constructor.
     """
-    known, folders = (*PLAIN, *PARTS), ("auto", "never")
-    for key in {**dict.fromkeys(known), **config}:
-        if key not in known:
-            raise ConfigError(key, "unknown key", config[key], nearest(key, known))
+    for key in {**dict.fromkeys((*PLAIN, *PARTS)), **config}:
         if key not in config:
             raise ConfigError(key, "missing")
         if key in PLAIN:
             fit(config[key], PLAIN[key], key)
+        elif key not in PARTS:
+            raise ConfigError(key, "unknown key", config[key], nearest(key, (*PLAIN, *PARTS)))
         elif not isinstance(config[key], Mapping) or "_target_" not in config[key] or config[key].get("_partial_"):
             raise ConfigError(key, f"needs a part, a mapping with _target_; choose it by {key}=NAME", config[key])
-    seed, resume, init_from = (config[key] for key in ("seed", "resume", "init_from"))
+    seed, resume, init_from, folders = *(config[key] for key in ("seed", "resume", "init_from")), ("auto", "never")
     if not 0 <= seed < 2**32:
         raise ConfigError("seed", "from 0 to 4294967295", seed)
     if resume not in folders and not Path(resume).exists():
@@ -139,8 +134,7 @@ def check(config: Mapping[str, Any]) -> SimpleNamespace:
     if config["init_allow"] and init_from is None:
         raise ConfigError("init_allow", "goes with init_from, which is not given", config["init_allow"])
     parts = {key: build(config[key], key, None) for key in PARTS if key != "model"}
-    model = _shape(config["model"])
-    given, wanted = getattr(model, "vocab_size", 0), getattr(parts["data"], "vocab_size", 0)
+    given, wanted = getattr(_unfilled(config["model"]), "vocab_size", 0), getattr(parts["data"], "vocab_size", 0)
     if given < wanted:
         raise ConfigError("model.vocab_size", f"smaller than data.vocab_size={wanted}", given)
     micro, rows = getattr(parts["trainer"], "micro_batch_size", None), getattr(parts["data"], "batch_size", 0)
@@ -149,45 +143,32 @@ def check(config: Mapping[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**parts, model_factory=lambda: build(config["model"], "model", None))
 
 
-def _shape(node: Mapping[str, Any]) -> Any:
-    """The model on the meta device with no values filled in: those would load torch's compiler, which takes seconds."""
-    from unittest.mock import patch
-
-    import torch
+def _unfilled(node: Mapping[str, Any]) -> Any:
+    """The model in memory that is never touched. (On the meta device, `exp` loads torch's compiler: seconds.)"""
     from torch.overrides import TorchFunctionMode
 
-    class Unfilled(TorchFunctionMode):
+    class InPlaceDoesNothing(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            if re.fullmatch(r"\w*[^_]_", getattr(func, "__name__", "")):
                 return args[0] if args else kwargs["tensor"]
             return func(*args, **(kwargs or {}))
 
-    with ExitStack() as stack:
-        for name in set(re.findall(r'"_target_": "([^"]+)"', json.dumps(node))):
-            with suppress(ConfigError):
-                cls = find_class(name, "", None)
-                stack.enter_context(patch.object(cls, "reset_parameters", lambda _: None, create=True))
-        stack.enter_context(torch.device("meta"))
-        stack.enter_context(Unfilled())
+    with InPlaceDoesNothing():
         return build(node, "model", None)
 
 
 def main(run: Callable[[dict[str, Any], SimpleNamespace], int], configs: Path = CONFIGS, argv: Any = None) -> int:
     """Compose, check, and hand (config, parts) to `run`; the exit code, 2 where the configuration is bad."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*")
-    for flag in ("--multirun", "--help"):
-        parser.add_argument(flag, flag[1:3], action="store_true")
-    parser.add_argument("--info", "-i", nargs="?", const="all")
-    parser.add_argument("--cfg", "-c", choices=["job"])
-    parser.add_argument("--config-dir", "-cd")
+    usage = "python train.py +config=NAME [KEY=VALUE ...] [--cfg job] [--multirun KEY=A,B]"
+    parser = argparse.ArgumentParser(usage=usage, epilog=f"NAME: {', '.join(_names(configs))}", allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*", help="+config=NAME; KEY=VALUE; GROUP=NAME; GROUP@PLACE=NAME")
+    parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of the values given")
+    parser.add_argument("--cfg", "-c", choices=["job"], help="print what would run")
     args = parser.parse_intermixed_args(argv)
     try:
-        if args.help or args.info:
-            return _explain(args, configs)
         if args.multirun:
-            return _run_each(args, configs)
-        config = compose(args.overrides, configs, args.config_dir)
+            return _run_each(args.overrides, configs)
+        config = compose(args.overrides, configs)
         if args.cfg:
             from omegaconf import OmegaConf
 
@@ -195,43 +176,29 @@ def main(run: Callable[[dict[str, Any], SimpleNamespace], int], configs: Path = 
         parts = check(config)
         return 0 if args.cfg else run(config, parts)
     except ConfigError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
         print("Bad configuration: " + "\n  ".join(error.lines), file=sys.stderr)
         return 2
 
 
-def _explain(args: argparse.Namespace, configs: Path) -> int:
-    """Hydra's own --help and --info."""
-    import hydra
-
-    with _hydra(args.overrides, configs, args.config_dir) as (spelled, _):
-        hydra.compose("train", spelled)
-    sys.argv[1:] = ["--help" if args.help else f"--info={args.info}", *spelled]
-    hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name="train")(lambda config: None)()
-    return 0
-
-
-def _run_each(args: argparse.Namespace, configs: Path) -> int:
+def _run_each(overrides: Sequence[str], configs: Path) -> int:
     """Every combination in a process of its own, after all were checked; the first exit code that is not 0."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    with _hydra(args.overrides, configs, args.config_dir) as (_, loader):
-        jobs = BasicSweeper.split_arguments(OverridesParser.create(loader).parse_overrides(args.overrides), None)[0]
-    names = [compose(job, configs, args.config_dir)["name"] for job in jobs]
+    with _hydra(overrides, configs) as (_, parsed):
+        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    composed = [compose(job, configs) for job in jobs]
+    names = [config["name"] for config in composed]
     for i, (job, name) in enumerate(zip(jobs, names, strict=True)):
         if names.count(name) > 1:  # the jobs differ in a limit or a logger only, which the name leaves out
             job.append(f"name={name}-{i}")
-    composed = [compose(job, configs, args.config_dir) for job in jobs]
-    for config in composed:
-        check(config)
+            composed[i] = compose(job, configs)
+        check(composed[i])
     if len({config["run_dir"] for config in composed}) < len(jobs):
         raise ConfigError("run_dir", "each job needs its own: write ${name} in it", composed[0]["run_dir"])
-    flags, codes = ["--config-dir", args.config_dir] if args.config_dir else [], [0]
+    codes = [0]
     for i, job in enumerate(jobs):
         print(f"[{i + 1}/{len(jobs)}] {' '.join(job)}", flush=True)
-        process = subprocess.Popen([sys.executable, sys.argv[0], *flags, *job])
+        process = subprocess.Popen([sys.executable, sys.argv[0], *job])
         for number in (signal.SIGTERM, signal.SIGINT):  # a job saves and exits with 128 + signal; then no other starts
             signal.signal(number, lambda *_, process=process: process.terminate())
         codes.append(process.wait())

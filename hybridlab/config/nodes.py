@@ -179,7 +179,7 @@ def _blaming(cls: Any, node: Mapping[str, Any], key: str) -> Iterator[None]:
     try:
         yield
     except _WRONG as error:
-        text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         known = inspect.signature(cls).parameters
         named = [word for word in [text.partition(" ")[0], *re.findall(r"(\w+)[\w.]*=", text)] if word in known]
         name = next((word for word in named if word in node), named[0] if named else "")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridlab.packing import Packing
-from hybridlab.tokenizer import Tokenizer
+from hybridlab.tokenizer import DataError, Tokenizer
 
 Split = Literal["train", "valid"]
 UNSCORED = -100
@@ -60,8 +60,8 @@ class Source(ABC):
     valid_seq_len: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "seq_len", "batch_size", "valid_seq_len"):
-            if (value := getattr(self, name)) is not None and value < 1:
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1 and name != "seed":
                 raise ValueError(f"{name}={value} must be at least 1")
 
     @property
@@ -71,11 +71,12 @@ class Source(ABC):
 
     @abstractmethod
     def prepare(self, folder: Path) -> Corpus:
-        """The corpus, kept in `folder` where preparing it takes work."""
+        """The corpus, kept in `folder` where preparing it takes work. Raises DataError."""
 
 
 class Rows:
     """Rows of `time` tokens cut from documents laid end to end, in one or more pieces, each document opened by `bos`.
+    Raises DataError where there are too few tokens for one.
 
     The last target of a row is the first token of the next, so that every token but the very first is predicted once.
     whole   keep the last, short row, padded by unscored documents of one `bos`; else leave it out
@@ -86,6 +87,8 @@ class Rows:
         self.ends = np.cumsum([len(piece) for piece in pieces])
         self.n_tokens = int(self.ends[-1])
         self.n_rows = -(-(self.n_tokens - 1) // time) if whole else (self.n_tokens - 1) // time
+        if self.n_rows < 1:
+            raise DataError(f"{self.n_tokens} tokens are too few for one row of {time} and what follows it")
 
     def batch(self, index: np.ndarray) -> Batch:
         """index int64 [batch]"""

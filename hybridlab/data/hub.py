@@ -1,6 +1,5 @@
 """Data sets of the Hugging Face hub, prepared once or streamed."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
@@ -12,77 +11,59 @@ from torch import Tensor
 
 from hybridlab.data.batch import Batch, Corpus, Rows, Split, make_batch
 from hybridlab.data.order import UNBOUNDED
-from hybridlab.data.shards import digest
-from hybridlab.data.text import COLUMN, Text, check_ratio, held_out, only, texts_of, upto
-from hybridlab.tokenizer import Tokenizer
+from hybridlab.data.shards import batches, digest, tokenized
+from hybridlab.data.text import HashedText
+from hybridlab.tokenizer import DataError, Tokenizer
 
-_log = logging.getLogger("hybridlab.data")
-_AT_ONCE = 64  # documents of a stream that are tokenized together
+_AT_ONCE = 2**18  # bytes of a stream that are tokenized together; its first held-out ones are the validation split
 
 
 @dataclass(kw_only=True)
-class Hub(Text):
+class Hub(HashedText):
     """A data set by name, or a local folder that `datasets.load_dataset` can read.
 
-    valid_ratio     share of documents held out by their hash
-    streaming       read as training goes: nothing is prepared, rows come in the stream's order, and a resumed run reads
-                    the rows before its own again, which is exact only if the stream gives them as it did
+    streaming   read as training goes: nothing is prepared, rows come in the stream's order, and a resumed run reads
+                the rows before its own again, which is exact only if the stream gives them as it did
     """
 
     name: str
     config: str | None = None
     revision: str | None = None
     split: str = "train"
-    column: str = "text"
     valid_ratio: float = 0.01
     streaming: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ratio(self.valid_ratio)
-
     def identity(self) -> dict[str, Any]:
-        options = {"valid_ratio": self.valid_ratio, "streaming": self.streaming, "column": self.column}
-        return {"name": self.name, "config": self.config, "revision": self.revision, "split": self.split, **options}
+        name = {"data set": self.name, "config": self.config, "split": self.split, "column": self.column}
+        order = "as streamed; a resume is exact only if the stream repeats itself" if self.streaming else "shuffled"
+        revision = self.revision or "the newest when prepared"
+        return {**name, "revision": revision, "held out": str(self.valid_ratio), "order": order}
 
-    def describe(self) -> dict[str, Any]:
-        return {"data set": self.name, "split": self.split, "revision": self.revision or "the newest when prepared"}
-
-    def load(self, cache: Path) -> Any:
+    def texts(self, folder: Path) -> Iterator[bytes]:
         from datasets import load_dataset
 
         options = {"split": self.split, "revision": self.revision, "streaming": self.streaming}
-        return only(load_dataset(self.name, self.config, cache_dir=str(cache), **options), self.column, self.name)
-
-    def documents(self, cache: Path) -> dict[Split, Any]:
-        found, ratio = self.load(cache.parent.parent / "hub"), self.valid_ratio
-        train = found.filter(lambda text: not held_out(text, ratio), input_columns=COLUMN)
-        return {"train": train, "valid": found.filter(lambda text: held_out(text, ratio), input_columns=COLUMN)}
+        return self.rows(load_dataset(self.name, self.config, cache_dir=str(folder / "hub"), **options), self.name)
 
     def prepare(self, folder: Path) -> Corpus:
-        return StreamCorpus(self, folder / "hub") if self.streaming else super().prepare(folder)
+        return StreamCorpus(self, folder) if self.streaming else super().prepare(folder)
 
 
 class StreamCorpus(Corpus):
-    """Training rows in the order of a stream, which begins again at its end; they must be asked for in that order.
+    """Training rows in the order of a stream, which begins again at its end; they must be asked for in that order."""
 
-    The first documents of the held-out share, as many as it takes for `VALID_BYTES`, are the validation split.
-    """
-
-    VALID_BYTES = 200_000
     tokenizer: Tokenizer
 
-    def __init__(self, source: Hub, cache: Path) -> None:
-        self._source, self._found, self._next = source, source.load(cache), 0
-        held = upto(self._documents(valid=True), self.VALID_BYTES)
-        if not held or next(self._documents(), None) is None:
-            raise ValueError(f"no documents in the {'train' if held else 'valid'} split: {source.identity()}")
-        self.tokenizer = source.make_tokenizer(self._documents())
+    def __init__(self, source: Hub, folder: Path) -> None:
+        self._source, self._folder, self._next = source, folder, UNBOUNDED
+        held = next(batches(self._documents("valid"), _AT_ONCE), None)
+        if held is None or next(self._documents("train"), None) is None:
+            raise DataError(f"no documents in the {'train' if held else 'valid'} split of {source}")
+        self.tokenizer = source.make_tokenizer(self._documents("train"))
         self.vocab_size, self.token_bytes = self.tokenizer.vocab_size, self.tokenizer.token_bytes
-        self.fingerprint = digest([source.identity(), self.tokenizer.fingerprint])
-        self.facts = {**source.describe(), "order": "as streamed; a resume is exact only if the stream repeats itself"}
-        self._valid = Rows([self._tokens(held)], source.times["valid"], self.tokenizer.bos, whole=True)
-        self._stream = self._cut(source.seq_len)
+        self.facts = source.identity()
+        self.fingerprint = digest([self.facts, self.tokenizer.fingerprint])
+        self._valid = Rows([tokenized(held, self.tokenizer)], source.times["valid"], self.tokenizer.bos, whole=True)
 
     def n_rows(self, split: Split) -> int:
         return UNBOUNDED if split == "train" else self._valid.n_rows
@@ -96,23 +77,17 @@ class StreamCorpus(Corpus):
     def _row(self, index: int) -> np.ndarray:
         if index < self._next:
             self._stream, self._next = self._cut(self._source.seq_len), 0
-        if index > self._next == 0:
-            _log.warning("reading past %d rows of the stream; exact only if it repeats itself", index)
         skip, self._next = index - self._next, index + 1
         return next(islice(self._stream, skip, None))
 
     def _cut(self, time: int) -> Iterator[np.ndarray]:
         """Rows int64 [time + 1] without end, each beginning with the last token of the one before."""
-        documents = chain.from_iterable(self._documents() for _ in count())
         left = np.empty(0, np.int64)
-        while True:
-            left = np.concatenate([left, self._tokens(list(islice(documents, _AT_ONCE)))])
+        for texts in chain.from_iterable(batches(self._documents("train"), _AT_ONCE) for _ in count()):
+            left = np.concatenate([left, tokenized(texts, self.tokenizer)])
             n_rows = (len(left) - 1) // time
             yield from (left[i * time : (i + 1) * time + 1] for i in range(n_rows))
             left = left[n_rows * time :]
 
-    def _documents(self, valid: bool = False) -> Iterator[bytes]:
-        return (text for text in texts_of(self._found) if held_out(text, self._source.valid_ratio) == valid)
-
-    def _tokens(self, texts: Sequence[bytes]) -> np.ndarray:
-        return np.concatenate([np.append(self.tokenizer.bos, ids) for ids in self.tokenizer.encode_batch(texts)])
+    def _documents(self, split: Split) -> Iterator[bytes]:
+        return (text for found, text in self._source.read(self._folder) if found == split)

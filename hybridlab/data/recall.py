@@ -17,7 +17,7 @@ BLANK = 0
 
 
 @dataclass(kw_only=True)
-class Recall(Source):
+class Recall(Source, Corpus):
     """Each row is one document: n_pairs keys, all different, each followed by its value; then, among blanks, n_queries
     of these keys. Scored is only the token after a queried key, which should be the key's value.
 
@@ -32,42 +32,32 @@ class Recall(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_pairs", "n_queries", "train_rows", "valid_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_keys < self.n_pairs:
             raise ValueError(f"vocab_size={self.vocab_size} has {self.n_keys} keys, fewer than n_pairs={self.n_pairs}")
         needed, shortest = 2 * self.n_pairs + self.n_queries, min(self.times.values())
         if shortest < needed:
             raise ValueError(f"rows of {shortest} tokens cannot hold {self.n_pairs} pairs and {self.n_queries} queries")
+        self.fingerprint = digest({"recall": asdict(self)})
+        self.facts = {name: getattr(self, name) for name in ("n_pairs", "n_queries", "train_rows", "valid_rows")}
 
     @property
     def n_keys(self) -> int:
         return (self.vocab_size - 1) // 2
 
     def prepare(self, folder: Path) -> Corpus:
-        return RecallCorpus(self)
-
-
-class RecallCorpus(Corpus):
-    def __init__(self, source: Recall) -> None:
-        self._source, self.vocab_size = source, source.vocab_size
-        options = asdict(source)
-        self.fingerprint = digest({"recall": options})
-        self.facts = {name: options[name] for name in ("n_pairs", "n_queries", "train_rows", "valid_rows")}
+        return self
 
     def n_rows(self, split: Split) -> int:
-        return self._source.train_rows if split == "train" else self._source.valid_rows
+        return self.train_rows if split == "train" else self.valid_rows
 
     def rows(self, split: Split, indices: Tensor | Sequence[int]) -> Batch:
-        index, s = self._check(split, indices), self._source
-        time, pairs = s.times[split], 2 * s.n_pairs
-        row = mix(s.seed, ("train", "valid").index(split), index)[:, None]
-        keys = 1 + np.argsort(mix(row, 0, np.arange(s.n_keys)), axis=1)[:, : s.n_pairs]
-        n_values = s.vocab_size - 1 - s.n_keys
-        values = (1 + s.n_keys + mix(row, 1, np.arange(s.n_pairs)) % np.uint64(n_values)).astype(np.int64)
-        asked = (mix(row, 2, np.arange(s.n_queries)) % np.uint64(s.n_pairs)).astype(np.int64)
-        where = pairs + np.argsort(mix(row, 3, np.arange(time - pairs)), axis=1)[:, : s.n_queries]
+        index, time, pairs = self._check(split, indices), self.times[split], 2 * self.n_pairs
+        row = mix(self.seed, ("train", "valid").index(split), index)[:, None]
+        keys = 1 + np.argsort(mix(row, 0, np.arange(self.n_keys)), axis=1)[:, : self.n_pairs]
+        n_values = self.vocab_size - 1 - self.n_keys
+        values = (1 + self.n_keys + mix(row, 1, np.arange(self.n_pairs)) % np.uint64(n_values)).astype(np.int64)
+        asked = (mix(row, 2, np.arange(self.n_queries)) % np.uint64(self.n_pairs)).astype(np.int64)
+        where = pairs + np.argsort(mix(row, 3, np.arange(time - pairs)), axis=1)[:, : self.n_queries]
         tokens = np.full((len(index), time), BLANK, np.int64)
         targets = np.full_like(tokens, UNSCORED)
         tokens[:, 0:pairs:2], tokens[:, 1:pairs:2] = keys, values

@@ -5,23 +5,23 @@ import hashlib
 import lzma
 import os
 import platform
-import shutil
 import sysconfig
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hybridlab.data.batch import Corpus, Source, Split
 from hybridlab.data.order import order
-from hybridlab.data.shards import TOKENIZER, ShardCorpus, digest, file_hash, prepare_once, write_split
-from hybridlab.tokenizer import Tokenizer, as_bytes
+from hybridlab.data.shards import TOKENIZER, ShardCorpus, batches, digest, file_hash, prepare_once, write_split
+from hybridlab.tokenizer import DataError, Tokenizer, as_bytes
 
-FORMAT = 1  # of the prepared folders; raise it when they change
-COLUMN = "document"
+FORMAT = 2  # of the prepared folders; raise it when they change
 WHOLE, ROWS = (".txt", ".md", ".py"), {".jsonl": "json", ".parquet": "parquet"}
 _COMPRESSED_BYTES = 2**26  # beyond this xz takes a minute
 
@@ -30,7 +30,7 @@ _COMPRESSED_BYTES = 2**26  # beyond this xz takes a minute
 class Text(Source):
     """Documents as tokens. `tokenizer` is bpe, trained on the training split; bytes; or the path of a tokenizer file.
 
-    tokenizer_bytes   how much text a BPE is trained on, at most
+    tokenizer_bytes   how much text a BPE is trained on
     """
 
     tokenizer: str = "bpe"
@@ -38,63 +38,63 @@ class Text(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tokenizer_bytes < 1:
-            raise ValueError(f"tokenizer_bytes={self.tokenizer_bytes} must be at least 1")
         if self.tokenizer != "bpe":
-            self._given()
+            self.make_tokenizer()
         elif self.vocab_size < 257:
             raise ValueError(f"vocab_size={self.vocab_size}: bpe needs 257 or more, 256 bytes and a document start")
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What the documents depend on."""
+        """What the documents depend on, in words for the reader."""
 
     @abstractmethod
-    def documents(self, cache: Path) -> dict[Split, Any]:
-        """Per split a `datasets.Dataset` with one column, COLUMN, of text or bytes."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Facts beside those that hold for any text."""
+    def read(self, folder: Path) -> Iterator[tuple[Split, bytes]]:
+        """Every document with its split; `folder` keeps what is downloaded."""
 
     def prepare(self, folder: Path) -> Corpus:
-        kind, bpe = type(self).__name__, [self.vocab_size, self.tokenizer_bytes]
-        key = digest([FORMAT, kind, self.identity(), bpe if self.tokenizer == "bpe" else self._given().fingerprint])
+        kind, bpe = type(self).__name__, self.tokenizer == "bpe"
+        tokens = [self.vocab_size, self.tokenizer_bytes] if bpe else self.make_tokenizer().fingerprint
+        key = digest([FORMAT, kind, self.identity(), tokens])
         return ShardCorpus(prepare_once(folder, kind.lower(), key, self._write), key, self.times)
 
-    def make_tokenizer(self, texts: Iterable[bytes]) -> Tokenizer:
+    def make_tokenizer(self, texts: Iterable[bytes] = ()) -> Tokenizer:
         """The one given, or a BPE of the first of the texts."""
-        if self.tokenizer != "bpe":
-            return self._given()
-        return Tokenizer.train(upto(texts, self.tokenizer_bytes), self.vocab_size)
-
-    def _given(self) -> Tokenizer:
+        if self.tokenizer == "bpe":
+            return Tokenizer.train(next(batches(texts, self.tokenizer_bytes)), self.vocab_size)
         tokenizer = Tokenizer.from_bytes() if self.tokenizer == "bytes" else Tokenizer.load(self.tokenizer)
         if tokenizer.vocab_size != self.vocab_size:
             raise ValueError(f"vocab_size={self.vocab_size}, but tokenizer={self.tokenizer} has {tokenizer.vocab_size}")
         return tokenizer
 
     def _write(self, temp: Path) -> dict[str, Any]:
-        """Fill a folder with tokenizer and shards; returns the index."""
+        """Fill a folder with tokenizer and shards; returns the facts."""
+        from datasets import Dataset, Features, Value
+        from datasets.arrow_writer import ArrowWriter
         from tqdm import tqdm
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, so that worker processes need no warning
-        splits, records = self.documents(temp / "documents"), {}
-        if empty := [split for split, found in splits.items() if not len(found)]:
-            raise ValueError(f"no documents in the {empty[0]} split of {self}")
-        anywhere = order(0, len(splits["train"]), range(len(splits["train"]))).tolist()
-        tokenizer = self.make_tokenizer(texts_of(splits["train"][i] for i in anywhere))
+        # on disk first, so that documents can be counted and drawn from anywhere
+        path, columns = temp / "documents", Features({"split": Value("string"), "text": Value("large_binary")})
+        with ArrowWriter(path=str(path), features=columns) as writer:
+            for split, text in tqdm(self.read(temp.parent), "reading", unit=" documents"):
+                writer.write({"split": split, "text": text})
+            writer.finalize()
+        found = Dataset.from_file(str(path))
+        path.unlink()
+        splits, facts = np.array(found["split"][:]), self.identity()
+        train, valid = (found.select(np.flatnonzero(splits == split)) for split in ("train", "valid"))
+        if not (len(train) and len(valid)):
+            raise DataError(f"no documents in the {'valid' if len(train) else 'train'} split of {self}")
+        anywhere = order(0, len(train), range(len(train))).tolist()
+        tokenizer = self.make_tokenizer(train.select(anywhere)["text"])
         tokenizer.save(temp / TOKENIZER)
-        facts = self.describe()
-        for split, found in splits.items():
-            texts = tqdm(texts_of(found), f"tokenizing {split}", len(found), unit=" documents")
-            records[split] = write_split(temp, split, texts, tokenizer)
-            facts |= {f"{split} {name}": records[split][name] for name in ("documents", "bytes", "tokens")}
-        if records["valid"]["bytes"] <= _COMPRESSED_BYTES:
-            facts |= compressed(b"".join(texts_of(splits["valid"])))
-        shutil.rmtree(temp / "documents", ignore_errors=True)
-        saved = {"bytes": (temp / TOKENIZER).stat().st_size, "sha256": file_hash(temp / TOKENIZER)}
-        return {"tokenizer": saved, "splits": records, "facts": facts}
+        for split, part in (("train", train), ("valid", valid)):
+            texts = tqdm(part["text"], f"tokenizing {split}", unit=" documents")
+            counts = write_split(temp, split, texts, tokenizer)
+            facts |= {f"{split} {name}": count for name, count in counts.items()}
+        if facts["valid bytes"] <= _COMPRESSED_BYTES:
+            facts |= compressed(b"".join(valid["text"]))
+        return facts
 
 
 @dataclass(kw_only=True)
@@ -107,19 +107,14 @@ class PythonStdlib(Text):
     folder: str = "."
 
     def identity(self) -> dict[str, Any]:
-        """Hash of every path and content."""
-        return {"corpus": digest({name: hashlib.sha256(data).hexdigest() for name, data in self._files.items()})}
-
-    def describe(self) -> dict[str, Any]:
+        corpus = digest({name: hashlib.sha256(data).hexdigest() for name, data in self._files.items()})
         python = f"{platform.python_implementation()} {platform.python_version()}"
         size = sum(map(len, self._files.values()))
-        return {"python": python, "files": len(self._files), "bytes": size, "corpus": self.identity()["corpus"][:16]}
+        return {"python": python, "files": len(self._files), "bytes": size, "corpus": corpus[:16]}
 
-    def documents(self, cache: Path) -> dict[Split, Any]:
-        def read(valid: bool) -> Iterator[bytes]:
-            return (data for name, data in self._files.items() if (_hash(name.encode()) % 20 == 0) == valid)
-
-        return _generated(read, cache)
+    def read(self, folder: Path) -> Iterator[tuple[Split, bytes]]:
+        for name, data in self._files.items():
+            yield ("train" if _hash(name.encode()) % 20 else "valid"), data
 
     @cached_property
     def _files(self) -> dict[str, bytes]:
@@ -130,134 +125,86 @@ class PythonStdlib(Text):
             if not {"site-packages", "__pycache__"} & set(name.parts) and os.access(path, os.R_OK) and path.is_file():
                 found[name.as_posix()] = path.read_bytes()
         if not found:
-            raise ValueError(f"folder={self.folder!r}: no *.py files under {root / self.folder}")
+            raise DataError(f"folder={self.folder!r}: no *.py files under {root / self.folder}")
         return dict(sorted(found.items()))
 
 
 @dataclass(kw_only=True)
-class TextFiles(Text):
-    """Local .txt, .md and .py files, a document each, and .jsonl and .parquet files, a document per row.
+class HashedText(Text):
+    """Documents that are held out by their own hash, so that equal ones stay together.
 
-    paths         files, folders and globs
-    valid_paths   the same, held out, and taken out of `paths`; else
-    valid_ratio   the share of documents held out (null: 0.05), by their hash, so that equal documents stay together
+    valid_ratio   share of documents held out
     column        where rows keep their text
     """
 
-    paths: Sequence[str]
-    valid_paths: Sequence[str] = ()
-    valid_ratio: float | None = None
+    valid_ratio: float = 0.05
     column: str = "text"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.valid_paths and self.valid_ratio is not None:
-            raise ValueError(f"valid_ratio={self.valid_ratio} clashes with valid_paths={list(self.valid_paths)}")
-        check_ratio(self.valid_ratio)
+        if not 0 < self.valid_ratio < 1:
+            raise ValueError(f"valid_ratio={self.valid_ratio} must lie between 0 and 1")
+
+    @abstractmethod
+    def texts(self, folder: Path) -> Iterator[bytes]:
+        """Every document."""
+
+    def read(self, folder: Path) -> Iterator[tuple[Split, bytes]]:
+        for text in self.texts(folder):
+            yield ("valid" if _hash(text) < self.valid_ratio * 2**64 else "train"), text
+
+    def rows(self, found: Iterable[dict[str, Any]], name: str | Path) -> Iterator[bytes]:
+        """Documents of a data set, one per row."""
+        for i, row in enumerate(found):
+            if not isinstance(text := row.get(self.column), str | bytes):
+                raise DataError(f"column={self.column!r}: row {i} of {name} has {text!r:.60} there, and {list(row)}")
+            yield as_bytes(text)
+
+
+@dataclass(kw_only=True)
+class TextFiles(HashedText):
+    """Local .txt, .md and .py files, a document each, and .jsonl and .parquet files, a document per row.
+
+    paths   files, folders and globs
+    """
+
+    paths: Sequence[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self._files  # patterns that match nothing are refused here
 
     def identity(self) -> dict[str, Any]:
-        files = {split: [f"{p.suffix} {file_hash(p)}" for p in paths] for split, paths in self._files.items()}
-        return {"files": files, "valid_ratio": self.valid_ratio, "column": self.column}
+        corpus = digest([f"{path.suffix} {file_hash(path)}" for path in self._files])[:16]
+        return {"files": len(self._files), "corpus": corpus, "held out": str(self.valid_ratio), "column": self.column}
 
-    def describe(self) -> dict[str, Any]:
-        return {"files": sum(map(len, self._files.values()))}
-
-    def documents(self, cache: Path) -> dict[Split, Any]:
-        def read(valid: bool) -> Iterator[bytes]:
-            if self.valid_paths:
-                return self._read(self._files["valid" if valid else "train"], cache)
-            ratio = 0.05 if self.valid_ratio is None else self.valid_ratio
-            return (text for text in self._read(self._files["train"], cache) if held_out(text, ratio) == valid)
-
-        return _generated(read, cache)
-
-    @cached_property
-    def _files(self) -> dict[str, list[Path]]:
-        valid = _matches(self.valid_paths, "valid_paths")
-        return {"train": [p for p in _matches(self.paths, "paths") if p not in valid], "valid": valid}
-
-    def _read(self, paths: Sequence[Path], cache: Path) -> Iterator[bytes]:
+    def texts(self, folder: Path) -> Iterator[bytes]:
         from datasets import load_dataset
 
-        for path in paths:
+        for path in self._files:
             if path.suffix in WHOLE:
                 yield path.read_bytes()
             else:
-                found = load_dataset(ROWS[path.suffix], data_files=[str(path)], split="train", cache_dir=str(cache))
-                yield from texts_of(only(found, self.column, path))
+                found = load_dataset(ROWS[path.suffix], data_files=[str(path)], split="train", streaming=True)
+                yield from self.rows(found, path)
 
-
-def held_out(text: str | bytes, ratio: float) -> bool:
-    """Whether a document belongs to the held-out share, by its own hash."""
-    return _hash(as_bytes(text)) < ratio * 2**64
-
-
-def check_ratio(ratio: float | None) -> None:
-    if ratio is not None and not 0 < ratio < 1:
-        raise ValueError(f"valid_ratio={ratio} must lie between 0 and 1")
+    @cached_property
+    def _files(self) -> list[Path]:
+        """Every file that the patterns name, once, in path order."""
+        found: set[Path] = set()
+        for pattern in self.paths:
+            hits = [Path(hit) for hit in glob(pattern, recursive=True) or [pattern]]  # noqa: PTH207  Path.glob refuses "/"
+            files = [p.resolve() for hit in hits for p in (hit.rglob("*") if hit.is_dir() else [hit]) if p.is_file()]
+            if not (fitting := {p for p in files if p.suffix in (*WHOLE, *ROWS)}):
+                raise ValueError(f"paths: {pattern!r} matches no file ending in {', '.join((*WHOLE, *ROWS))}")
+            found |= fitting
+        return sorted(found)
 
 
 def compressed(data: bytes) -> dict[str, float]:
     """Bits per byte that general compressors need, as `gzip -9` and `xz -9e` do on a file."""
     sizes = {"gzip -9": len(gzip.compress(data, 9)), "xz -9e": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))}
     return {name: 8 * size / max(1, len(data)) for name, size in sizes.items()}
-
-
-def only(found: Any, column: str, name: str | Path) -> Any:
-    """A data set reduced to its text, in COLUMN."""
-    if column not in (found.column_names or ()):
-        raise ValueError(f"column={column!r}: {name} has {found.column_names}")
-    return found.select_columns([column]).rename_columns({column: COLUMN} if column != COLUMN else {})
-
-
-def texts_of(found: Iterable[dict[str, Any]]) -> Iterator[bytes]:
-    """Documents of a data set; raises ValueError where one is not text."""
-    for i, row in enumerate(found):
-        if not isinstance(row[COLUMN], str | bytes):
-            raise ValueError(f"row {i} holds {row[COLUMN]!r:.60} where text belongs")
-        yield as_bytes(row[COLUMN])
-
-
-def upto(texts: Iterable[bytes], size: int) -> list[bytes]:
-    """The first of the texts, `size` bytes in all."""
-    found: list[bytes] = []
-    for text in texts:
-        found.append(text[:size])
-        size -= len(found[-1])
-        if not size:
-            break
-    return found
-
-
-def _generated(read: Callable[[bool], Iterator[bytes]], cache: Path) -> dict[Split, Any]:
-    """Both splits as data sets on disk."""
-    from datasets import Dataset, Features, Value
-    from datasets.exceptions import DatasetGenerationError
-
-    def rows(valid: bool) -> Iterator[dict[str, bytes]]:
-        return ({COLUMN: text} for text in read(valid))
-
-    def written(valid: bool) -> Any:
-        kind, place = Features({COLUMN: Value("binary")}), str(cache / ("valid" if valid else "train"))
-        return Dataset.from_generator(rows, kind, place, gen_kwargs={"valid": valid}) if any(rows(valid)) else []
-
-    try:
-        return {"train": written(False), "valid": written(True)}
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from error
-
-
-def _matches(patterns: Sequence[str], name: str) -> list[Path]:
-    """Every file that the patterns name, once, in path order."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        hits = [Path(hit) for hit in glob(pattern, recursive=True) or [pattern]]  # noqa: PTH207  Path.glob refuses "/"
-        files = [p.resolve() for hit in hits for p in (hit.rglob("*") if hit.is_dir() else [hit]) if p.is_file()]
-        if not (fitting := {p for p in files if p.suffix in (*WHOLE, *ROWS)}):
-            raise ValueError(f"{name}: {pattern!r} matches no file ending in {', '.join((*WHOLE, *ROWS))}")
-        found |= fitting
-    return sorted(found)
 
 
 def _hash(data: bytes) -> int:

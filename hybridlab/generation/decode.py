@@ -1,6 +1,5 @@
 """Tokens from prompts: prefill in chunks, then one step per token."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hybridlab.generation.sampling import Sampler
-from hybridlab.models.mixer import map_state
 from hybridlab.packing import Packing
 
 
@@ -26,10 +24,9 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], max_len: int, chunk: i
     for start in range(0, max(map(len, prompts)), chunk):
         parts = [prompt[start : start + chunk] for prompt in prompts]
         packing = Packing.from_lengths([len(part) for part in parts], device)
-        tokens = torch.tensor([list(itertools.chain.from_iterable(parts))], device=device)
+        tokens = torch.tensor([[token for part in parts for token in part]], device=device)
         logits, state = model.prefill(tokens, state, packing)
-        ended = torch.tensor([bool(part) and start + chunk >= len(p) for part, p in zip(parts, prompts, strict=True)])
-        ended = ended.to(device)
+        ended = [i for i, prompt in enumerate(prompts) if start < len(prompt) <= start + chunk]
         last[ended] = logits[0, packing.offsets[1:][ended].long() - 1].to(last.dtype)
     return last, state
 
@@ -41,18 +38,14 @@ def generate(
     """Up to `tokens` new tokens per prompt, as (prompt, token) for each step; a prompt ends before the token `stop`."""
     generators = sampler.generators(prompts)
     logits, state = prefill(model, prompts, max(map(len, prompts)) + tokens)
-    rows = list(range(len(prompts)))
-    for made in range(1, tokens + 1):
-        chosen = sampler(logits, [generators[row] for row in rows])
+    running = list(range(len(prompts)))
+    for left in reversed(range(tokens)):
+        chosen = sampler(logits, generators)
         ids = chosen.tolist()
-        alive = [i for i, token in enumerate(ids) if token != stop]
-        yield [(rows[i], ids[i]) for i in alive]
-        if not alive or made == tokens:
+        running = [row for row in running if ids[row] != stop]
+        yield [(row, ids[row]) for row in running]
+        if not running or not left:
             return
-        if len(alive) < len(rows):
-            index = torch.tensor(alive, device=chosen.device)
-            chosen, state = chosen[index], map_state(lambda t, index=index: t[index], state)
-            rows = [rows[i] for i in alive]
         logits, state = model.step(chosen, state)
 
 

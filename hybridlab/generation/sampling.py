@@ -1,12 +1,13 @@
 """Choosing the next token."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+RANGES = {"temperature": (0, 10**9), "top_k": (1, 10**9), "top_p": (1e-9, 1), "min_p": (0, 1), "seed": (0, 2**63 - 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +28,10 @@ class Sampler:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rules = [
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("seed", 0 <= self.seed < 2**63, "0 or more, less than 2**63"),
-        ]
-        for name, holds, rule in rules:
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be {rule}")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}={value}: it must lie between {low} and {high}")
 
     def generators(self, prompts: Sequence[Sequence[int]]) -> list[torch.Generator]:
         """One source of chance per prompt; the n-th repetition of a prompt gets one of its own."""

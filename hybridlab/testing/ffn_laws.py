@@ -1,5 +1,7 @@
 """The laws of feed-forward layers, as a base class: a class of tests with a method `make` checks a layer of yours."""
 
+from abc import abstractmethod
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,16 +13,20 @@ from hybridlab.kernels.ops import OPS
 from hybridlab.models.ffn.base import NOTHING, Extras, FeedForward
 from hybridlab.models.ffn.moe import Experts
 from hybridlab.models.ffn.router import Router
-from hybridlab.models.parts.init import Module
+from hybridlab.testing.laws import ModuleLaws, distance
 
 DEFINITIONS = ",".join(f"{op.name}=reference" for op in OPS)
 
 
-class FfnLaws:
+class FfnLaws(ModuleLaws):
     """Subclass as `class TestMine(FfnLaws)` and define `make`. Layers that hold a `Router` answer for routing too."""
 
+    @abstractmethod
     def make(self) -> FeedForward:
-        raise NotImplementedError("define make(self), which returns a small feed-forward layer")
+        """A small feed-forward layer."""
+
+    def fresh(self) -> FeedForward:
+        return self.make()
 
     def definition(self, ffn: FeedForward, x: Tensor) -> Tensor:
         """x [tokens, d_model] -> y: each token alone; override with the formula of the layer."""
@@ -41,15 +47,15 @@ class FfnLaws:
         (a, a_to), (b, b_to) = (_observe(ffn, v) for v in (x, torch.where(others[..., None], x, 1 - 2 * x)))
         assert torch.equal(a_to[others], b_to[others]), "the routing of other tokens changed"
         bitwise = kernels or not a_to.shape[-1]
-        assert torch.equal(a[others], b[others]) if bitwise else _error(a[others], b[others]) < 2e-6
+        assert torch.equal(a[others], b[others]) if bitwise else distance(a[others], b[others]) < 2e-6
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     def test_values_and_gradients_equal_the_definition(self, dtype: torch.dtype):
         """Within twice the definition's own error in `dtype`, or 16 eps: two products of some 60 terms each."""
         ours, plain = self._gradients(lambda ffn, x: ffn(x)[0], dtype), self._gradients(self.definition, dtype)
         for name, truth in self._gradients(self.definition, torch.float64).items():
-            budget = max(2 * _error(plain[name], truth), 16 * torch.finfo(dtype).eps)
-            assert _error(ours[name], truth) <= budget, name
+            budget = max(2 * distance(plain[name], truth), 16 * torch.finfo(dtype).eps)
+            assert distance(ours[name], truth) <= budget, name
 
     def _gradients(self, fn, dtype: torch.dtype) -> dict[str, Tensor]:
         ffn, x = self.build(11, dtype=dtype)
@@ -65,22 +71,8 @@ class FfnLaws:
             ffn(x.detach())
         assert ffn.flops(13) == 13 * ffn.flops(1) == counter.get_total_flops()
 
-    def test_reset_fills_everything_after_a_meta_build(self):
-        whole, _ = self.build(1, dtype=torch.float32)
-        with torch.device("meta"):
-            built = self.make()
-        built.to_empty(device="cpu").load_state_dict({k: torch.full_like(v, 77) for k, v in whole.state_dict().items()})
-        for ffn in (built, whole):
-            torch.manual_seed(1)
-            ffn.reset_parameters()
-        torch.testing.assert_close(built.state_dict(), whole.state_dict(), rtol=0, atol=0)
-
-    def test_bfloat16_narrows_matrices_and_no_parameter_of_a_module(self):
-        ffn, x = self.build(2, 5, dtype=torch.bfloat16)
-        for module in ffn.modules():
-            wide = {p.dtype.itemsize >= 4 for p in module.parameters(recurse=False)}
-            assert wide <= {isinstance(module, Module)}, type(module).__name__
-        assert _observe(ffn, x)[0].dtype == torch.bfloat16
+    def test_routing_stays_wide_where_all_else_is_bfloat16(self):
+        _observe(*self.build(2, 5, dtype=torch.bfloat16))
 
     @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0,), (1,), (4,)])
     def test_any_number_of_tokens_is_served_and_idle_experts_get_no_gradient(self, shape: tuple[int, ...]):
@@ -118,10 +110,8 @@ def _observe(ffn: FeedForward, x: Tensor) -> tuple[Tensor, Tensor]:
     for router in (m for m in ffn.modules() if isinstance(m, Router)):
         router.register_forward_hook(lambda module, args, routing: seen.append(routing))
     y = ffn(x)[0].detach()
-    assert all(t.dtype.itemsize >= 4 for r in seen for t in (r.weights, r.logits)), "routing must be float32 or wider"
+    assert y.dtype == x.dtype and all(t.dtype.itemsize >= 4 for r in seen for t in (r.weights, r.logits)), (
+        "routing must be float32 or wider"
+    )
     chosen = [r.experts for r in seen] or [torch.zeros(x[..., 0].numel(), 0)]
     return y, torch.cat(chosen, 1).unflatten(0, x.shape[:-1])
-
-
-def _error(a: Tensor, truth: Tensor) -> float:
-    return float((a.double() - truth.double()).detach().norm() / truth.double().detach().norm().clamp_min(1e-300))

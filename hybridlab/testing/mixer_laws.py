@@ -1,6 +1,6 @@
 """The laws of a token mixer as a test class: subclass it, say how to build the mixer, and pytest runs them all."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,15 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlab.models.mixer import State, TokenMixer, map_state, state_tensors
 from hybridlab.packing import Packing
+from hybridlab.testing.laws import ModuleLaws, distance
 
 Run = Callable[[Tensor], Tensor]
 in_both_precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """Root-mean-square error relative to the root-mean-square of `want`."""
-    error, scale = (t.detach().double().norm() for t in (got - want, want))
-    return float(error / scale.clamp(min=1e-30))
 
 
 def random_packing(batch: int, time: int, generator: torch.Generator, docs: int = 4) -> Packing:
@@ -33,7 +28,7 @@ def _each_alone(mixer: TokenMixer, lengths: list[int], x: Tensor) -> Tensor:
     return torch.cat([mixer(doc[None])[0] for doc in x.flatten(0, 1).split(lengths)]).view_as(x)
 
 
-class MixerLaws(ABC):
+class MixerLaws(ModuleLaws):
     """Sizes and tolerances are class attributes; a subclass may set its own.
 
     tolerance    relative error allowed between forward, prefill and steps, and in all gradients
@@ -51,15 +46,17 @@ class MixerLaws(ABC):
     def build(self, d_model: int) -> TokenMixer:
         """The mixer that the laws are about."""
 
+    def fresh(self) -> TokenMixer:
+        return self.build(self.d_model)
+
     def core_flops(self, length: int) -> int | None:
         return None
 
     def _mixer(self, dtype: torch.dtype = torch.float32) -> TokenMixer:
         torch.manual_seed(0)
         mixer = self.build(self.d_model).to(dtype)
-        with torch.no_grad():  # what starts at zero or one would hide a part that is left out
-            for p in mixer.parameters():
-                p.add_(0.1 * torch.randn_like(p))
+        for p in mixer.parameters():  # what starts at zero or one would hide a part that is left out
+            p.detach().add_(0.1 * torch.randn_like(p))
         return mixer
 
     def _x(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -71,26 +68,22 @@ class MixerLaws(ABC):
         for start, stop in zip([0, *cuts], cuts, strict=False):
             y, state = mixer.prefill(x[:, start:stop], state)
             ys.append(y)
-        for x_t in x[:, cuts[-1] if cuts else 0 :].unbind(1):
-            y_t, state = mixer.step(x_t, state)
-            ys.append(y_t[:, None])
-        return torch.cat(ys, 1), state
+        y, state = TokenMixer.prefill(mixer, x[:, cuts[-1] if cuts else 0 :], state)
+        return torch.cat([*ys, y], 1), state
 
     def _grads(self, mixer: TokenMixer, x: Tensor, run: Run, seen: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """run(x), and gradients of x and all parameters under a random loss on the outputs at `seen` [batch, time]."""
         x = x.clone().requires_grad_()
         y, upstream = run(x), self._x(*x.shape[:2], dtype=x.dtype, seed=2)
         upstream = upstream if seen is None else upstream * seen[..., None]
-        inputs = [x, *mixer.parameters()]
-        grads = torch.autograd.grad(y, inputs, upstream, allow_unused=True)
-        return y.detach(), [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, grads, strict=True)]
+        grads = torch.autograd.grad(y, [x, *mixer.parameters()], upstream, materialize_grads=True)
+        return y.detach(), list(grads)
 
     def _check_blind(self, mixer: TokenMixer, x: Tensor, packing: Packing | None, hidden: Tensor, kept: Tensor) -> None:
         """Changing tokens at `hidden` changes nothing at `kept`: outputs, and gradients of a loss on them, bitwise."""
         changed = torch.where(hidden[..., None], self._x(*x.shape[:2], dtype=x.dtype, seed=3), x)
-        (y, grads), (y2, grads2) = (
-            self._grads(mixer, each, partial(mixer, packing=packing), kept) for each in (x, changed)
-        )
+        run = partial(mixer, packing=packing)
+        (y, grads), (y2, grads2) = (self._grads(mixer, each, run, kept) for each in (x, changed))
         assert torch.equal(y[kept], y2[kept]), "outputs changed"
         assert grads[0][hidden].abs().sum() == 0, "gradients reach tokens that must be invisible"
         assert all(torch.equal(a, b) for a, b in zip(grads, grads2, strict=True)), "gradients changed"
@@ -121,27 +114,24 @@ class MixerLaws(ABC):
     @in_both_precisions
     def test_gradients_flow_through_a_split_prefill(self, dtype: torch.dtype) -> None:
         mixer, x, cuts = self._mixer(dtype), self._x(self.batch, self.time, dtype=dtype), [self.time // 2, self.time]
-        fresh = partial(mixer.init_state, len(x), self.time, dtype=dtype)
-        self._check_equal(
-            mixer, x, lambda x: self._run(mixer, x, fresh(), cuts)[0], mixer, self.tolerance[dtype], "prefill in two"
-        )
+        run = lambda x: self._run(mixer, x, mixer.init_state(len(x), self.time, dtype=dtype), cuts)[0]  # noqa: E731
+        self._check_equal(mixer, x, run, mixer, self.tolerance[dtype], "prefill in two")
 
     @in_both_precisions
     def test_packed_prefill_continues_each_row_of_the_state(self, dtype: torch.dtype) -> None:
         mixer, rounds = self._mixer(dtype), [[5, 0, 9, 3], [0, 4, 21, 1], [0, 0, 0, 2]]
         totals = [sum(lengths) for lengths in zip(*rounds, strict=True)]
         docs = [self._x(1, n + 1, dtype=dtype, seed=i) for i, n in enumerate(totals)]
-        done, ys, state = [0] * 4, [[] for _ in docs], mixer.init_state(4, self.time, dtype=dtype)
+        pieces = [doc.split([*lengths, 1], 1) for doc, *lengths in zip(docs, *rounds, strict=True)]
+        ys: list[Sequence[Tensor]] = []
+        state = mixer.init_state(4, self.time, dtype=dtype)
         with torch.no_grad():
-            for lengths in rounds:
-                x = torch.cat([d[:, i : i + n] for d, i, n in zip(docs, done, lengths, strict=True)], 1)
-                y, state = mixer.prefill(x, state, Packing.from_lengths(lengths))
-                done = [i + n for i, n in zip(done, lengths, strict=True)]
-                for mine, part in zip(ys, y.split(lengths, 1), strict=True):
-                    mine.append(part)
+            for lengths, parts in zip(rounds, zip(*pieces, strict=True), strict=False):
+                y, state = mixer.prefill(torch.cat(parts, 1), state, Packing.from_lengths(lengths))
+                ys.append(y.split(lengths, 1))
             last, _ = mixer.step(torch.cat([d[:, -1] for d in docs]), state)
             for i, doc in enumerate(docs):
-                got = torch.cat([*ys[i], last[i : i + 1, None]], 1)
+                got = torch.cat([*(y[i] for y in ys), last[i : i + 1, None]], 1)
                 assert distance(got, mixer(doc)) <= self.tolerance[dtype], f"document {i}"
 
     @in_both_precisions
@@ -170,14 +160,13 @@ class MixerLaws(ABC):
 
     @torch.no_grad()
     def test_sequences_stepped_in_turn_do_not_meet(self) -> None:
-        mixer, a, b = self._mixer(), self._x(1, 6), self._x(1, 6, seed=5)
-        states, ys = [mixer.init_state(1, 6) for _ in "ab"], [[], []]
+        mixer, xs = self._mixer(), [self._x(1, 6), self._x(1, 6, seed=5)]
+        states, ys = [mixer.init_state(1, 6) for _ in xs], [x[:, :0] for x in xs]
         for t in range(6):
-            for i, x in enumerate((a, b)):
+            for i, x in enumerate(xs):
                 y, states[i] = mixer.step(x[:, t], states[i])
-                ys[i].append(y)
-        for x, y in zip((a, b), ys, strict=True):
-            assert distance(torch.stack(y, 1), mixer(x)) <= self.tolerance[torch.float32]
+                ys[i] = torch.cat([ys[i], y[:, None]], 1)
+        assert all(distance(y, mixer(x)) <= self.tolerance[torch.float32] for x, y in zip(xs, ys, strict=True))
 
     @torch.no_grad()
     def test_room_left_in_the_state_changes_nothing(self) -> None:
@@ -204,8 +193,7 @@ class MixerLaws(ABC):
         state = mixer.init_state(self.batch, self.time, dtype=dtype)
         _, after = self._run(mixer, x, state, [self.time - 2])
         for held in (mixer.init_state(self.batch, self.time, dtype=dtype), after):
-            bytes_held = sum(t.numel() * t.element_size() for t in state_tensors(held))
-            assert bytes_held == self.batch * mixer.state_bytes(self.time, dtype)
+            assert sum(t.nbytes for t in state_tensors(held)) == self.batch * mixer.state_bytes(self.time, dtype)
 
     def test_what_is_summed_over_time_is_kept_in_float32_or_wider(self) -> None:
         mixer = self._mixer(torch.bfloat16)
@@ -230,28 +218,6 @@ class MixerLaws(ABC):
         assert projections > 0 or not linear
         core, beside = self.core_flops(n), mixer.flops(n) - projections
         assert beside >= 0 and (core is None or beside == core), f"flops={mixer.flops(n)}, projections={projections}"
-
-    def test_a_mixer_built_on_meta_comes_to_life(self) -> None:
-        torch.manual_seed(0)
-        real = self.build(self.d_model)
-        with torch.device("meta"):
-            other = self.build(self.d_model)
-        assert all(t.is_meta for t in [*other.parameters(), *other.buffers()])
-        other.to_empty(device="cpu")
-        for t in [*other.parameters(), *other.buffers()]:
-            t.detach().fill_(float("nan") if t.is_floating_point() else -77)
-        for mixer in (real, other):
-            torch.manual_seed(1)
-            mixer.reset_parameters()
-        mine, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (real, other))
-        for name, t in theirs.items():
-            assert t.isfinite().all() and torch.equal(t, mine[name]), f"reset_parameters leaves {name}"
-
-    def test_own_parameters_stay_float32_under_bfloat16(self) -> None:
-        for name, module in self.build(self.d_model).to(torch.bfloat16).named_modules():
-            for key, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                narrow = t.is_floating_point() and t.dtype.itemsize < 4
-                assert isinstance(module, nn.Linear) or not narrow, f"{name}.{key} became {t.dtype}"
 
     def test_bfloat16_and_autocast_stay_close_to_float32(self) -> None:
         mixer, x = self._mixer(), self._x(self.batch, self.time)

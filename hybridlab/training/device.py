@@ -2,7 +2,6 @@
 
 import platform
 import subprocess
-import sys
 import timeit
 from collections.abc import Callable
 from importlib.metadata import version
@@ -41,8 +40,8 @@ def peak_flops(kind: str, precision: str) -> float | None:
     """FLOP/s the device could reach: measured on a CPU by one product, from the data sheet on a known GPU."""
     if kind == "cuda":
         return next((peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), None)
-    a = torch.randn(1024, 1024, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return 2 * 1024**3 / _seconds(lambda: a @ a)
+    a = torch.ones(512, 512, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return 2 * 512**3 / _seconds(lambda: a @ a)
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
@@ -53,13 +52,12 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 def environment(kind: str) -> dict[str, Any]:
     """Versions, hardware and the repository's state, for the run's records."""
-    names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
-    found: dict[str, Any] = {name: version(name) for name in ("torch", "lightning", "hybridlab")} | {
-        "python": sys.version.split()[0]
-    }
-    found |= {"cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads()}
-    found |= {"gpu": torch.cuda.get_device_name() if kind == "cuda" else None, "host": platform.node()}
-    return found | {"git_commit": _git("rev-parse", "HEAD"), "git_changes": _git("diff", "HEAD", "--stat")}
+    cpu = next((line.split(": ")[1] for line in _cpuinfo().splitlines() if line.startswith("model name")), None)
+    return {name: version(name) for name in ("torch", "lightning", "hybridlab")} | {
+        "python": platform.python_version(), "cpu": cpu or platform.processor(), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if kind == "cuda" else None, "host": platform.node(),
+        "git_commit": _git("rev-parse", "HEAD"), "git_changes": _git("diff", "HEAD", "--stat"),
+    }  # fmt: skip
 
 
 def _cpuinfo() -> str:

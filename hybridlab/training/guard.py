@@ -1,17 +1,12 @@
 """Which steps are safe to take: finite ones that are no spike. What it remembers is finite and healthy only."""
 
 import math
-from collections import deque
 from statistics import fmean, pstdev
 
 import torch
 from torch import Tensor, nn
 
 WINDOW, PATIENCE = 128, 5
-
-
-class NonFinite(Exception):
-    """Several steps in a row were not finite; the message names the first bad module."""
 
 
 class Guard:
@@ -23,7 +18,7 @@ class Guard:
 
     def __init__(self, sigmas: float | None):
         self.sigmas = sigmas
-        self.recent: tuple[deque[float], ...] = (deque(maxlen=WINDOW), deque(maxlen=WINDOW))
+        self.recent: list[list[float]] = [[], []]  # losses and gradient norms of healthy steps
         self.bad = self.spikes = self.skipped = 0
 
     def judge(self, loss: float, norm: float, others: float = 0.0) -> str:
@@ -35,15 +30,12 @@ class Guard:
         if self.spikes < PATIENCE and any(map(self._far_above, self.recent, (loss, norm))):
             self.spikes, self.skipped = self.spikes + 1, self.skipped + 1
             return "spike"
-        if self.spikes >= PATIENCE:
-            for series in self.recent:
-                series.clear()
+        known = self.recent if self.spikes < PATIENCE else [[], []]
+        self.recent = [[*series, value][-WINDOW:] for series, value in zip(known, (loss, norm), strict=True)]
         self.spikes = 0
-        for series, value in zip(self.recent, (loss, norm), strict=True):
-            series.append(value)
         return "ok"
 
-    def _far_above(self, series: deque[float], value: float) -> bool:
+    def _far_above(self, series: list[float], value: float) -> bool:
         if self.sigmas is None or len(series) < WINDOW // 2:
             return False
         mean = fmean(series)
@@ -51,11 +43,10 @@ class Guard:
         return value > mean + self.sigmas * max(pstdev(series, mean), 0.02 * abs(mean))
 
     def state_dict(self) -> dict:
-        return {"recent": [list(s) for s in self.recent], "counts": [self.bad, self.spikes, self.skipped]}
+        return {name: value for name, value in vars(self).items() if name != "sigmas"}
 
     def load_state_dict(self, state: dict) -> None:
-        self.recent = tuple(deque(s, maxlen=WINDOW) for s in state["recent"])
-        self.bad, self.spikes, self.skipped = state["counts"]
+        vars(self).update(state)
 
 
 @torch.no_grad()

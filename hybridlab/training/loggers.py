@@ -1,6 +1,5 @@
 """Lightning's loggers. Without an account or a network, Weights & Biases writes to the run's folder by itself."""
 
-import netrc
 import os
 from types import SimpleNamespace
 
@@ -13,11 +12,12 @@ def make_loggers(settings: LoggerSettings, run: SimpleNamespace) -> list[Logger]
     """The loggers beside metrics.jsonl, told the config and the environment."""
     if settings.kind == "none" or not run.first or run.config["dry_run"]:
         return []
-    kinds = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
+    logger: Logger
     if settings.kind == "wandb":
         logger = _wandb(settings.project, run)
     else:
-        logger = kinds[settings.kind](run.folder, name=settings.kind, version="")
+        kind = CSVLogger if settings.kind == "csv" else TensorBoardLogger
+        logger = kind(run.folder, name=settings.kind, version="")
     logger.log_hyperparams({**run.config, "environment": run.info["environment"]})
     return [logger]
 
@@ -25,9 +25,9 @@ def make_loggers(settings: LoggerSettings, run: SimpleNamespace) -> list[Logger]
 def _wandb(project: str, run: SimpleNamespace) -> Logger:
     import wandb
 
-    mode = os.environ.get("WANDB_MODE", "online" if logged_in() else "offline")
     os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
-    named = {"project": project, "name": run.info["name"], "id": run.info["wandb_id"], "dir": run.folder}
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    named = {"project": project, "name": run.config["name"], "id": run.info["wandb_id"], "dir": run.folder}
     try:
         logger = WandbLogger(experiment=wandb.init(**named, mode=mode, resume="allow" if mode == "online" else None))
     except Exception as error:  # whatever the network or the service brings up, the run goes on
@@ -36,10 +36,3 @@ def _wandb(project: str, run: SimpleNamespace) -> Logger:
     later = f"; later: wandb sync {run.folder / 'wandb' / 'offline-run-*'}" if mode == "offline" else ""
     print(f"Weights & Biases: {mode}{later}")
     return logger
-
-
-def logged_in() -> bool:
-    try:
-        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -2,15 +2,16 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from hybridlab.data.batch import Batch
+from hybridlab.data.batch import UNSCORED, Batch
 from hybridlab.training.data import part
-from hybridlab.training.guard import PATIENCE, Guard, NonFinite, first_bad
+from hybridlab.training.guard import PATIENCE, Guard, first_bad
 from hybridlab.training.parallel import rank_and_world, reduce, sum_gradients
 from hybridlab.training.settings import TrainerSettings
 
@@ -22,6 +23,7 @@ class TrainingModule(LightningModule):
     bf16          autocast; parameters, gradients and optimizer state stay float32
     step          optimizer steps done, skipped ones included: what the schedule and the data order count by
     stop          asked once per step: nonzero ends the run after this step, on all ranks
+    failure       why the run cannot go on, or empty
     """
 
     def __init__(self, model: nn.Module, optim, objective, settings: TrainerSettings, *, total_steps: int, bf16: bool):
@@ -30,8 +32,8 @@ class TrainingModule(LightningModule):
         self.model, self.optim, self.objective, self.settings = model, optim, objective, settings
         self.total_steps, self.bf16 = total_steps, bf16
         self.guard = Guard(settings.spike_sigmas)
-        self.step, self.micro, self.stopping, self.moving = 0, settings.micro_batch_size, False, False
-        self.stop = lambda: 0
+        self.step, self.micro, self.stopping, self.failure = 0, settings.micro_batch_size, False, ""
+        self.stop = lambda: False
         self.events: list[str] = []
         self.record: dict[str, float] = {}
         self.stats: dict[str, Tensor] = {}
@@ -45,11 +47,10 @@ class TrainingModule(LightningModule):
         return batch  # each micro-batch moves when its turn comes
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        scored = reduce((batch.targets != -100).sum().to(self.device))
+        scored = reduce((batch.targets != UNSCORED).sum().to(self.device))
         parts = self._accumulate_within_memory(batch, scored)
         params = [p for p in self.model.parameters() if p.requires_grad]
         sum_gradients(params)
-        names = list(parts)
         sums = reduce(torch.stack([*parts.values(), torch.tensor(float(self.stop()), device=self.device)]))
         norms = [get_total_norm([p.grad for p in params if p.grad is not None]), get_total_norm(params)]
         # the one time in a step that the host waits for the device
@@ -57,22 +58,24 @@ class TrainingModule(LightningModule):
         verdict = self.guard.judge(sum(values), norm, size)
         lr = self.optim.schedule.factor(self.step, self.total_steps)
         clipped = min(norm, self.settings.clip_norm or norm) if verdict == "ok" else 0.0
+        self.step += 1
         if verdict == "ok":
             self._move(params, lr, clipped / norm if clipped < norm else 1.0)
-        elif self.guard.bad >= PATIENCE:
-            self._give_up(batch)
-        self.step += 1
-        self.stopping = stop > 0
-        groups = self.optimizers(use_pl_optimizer=False).param_groups
-        self.record = dict(zip(names, values, strict=True)) | {
-            "lr": lr * max(g["base_lr"] for g in groups), "grad_norm": norm, "grad_norm_clipped": clipped,
-            "param_norm": size, "skipped": self.guard.skipped,
+        else:
+            said = f"loss {sum(values):.4g}, gradient norm {norm:.4g}"
+            self.events.append(f"step {self.step}: skipped, {verdict}: {said}")
+        if self.guard.bad >= PATIENCE:
+            self.failure = self._where(batch)
+        self.stopping = stop > 0 or bool(self.failure)
+        self.record = dict(zip(parts, values, strict=True)) | {
+            "lr": lr * max(g["base_lr"] for g in self.optimizer.param_groups), "grad_norm": norm,
+            "grad_norm_clipped": clipped, "param_norm": size, "skipped": self.guard.skipped,
         }  # fmt: skip
-        if verdict != "ok":
-            self.events.append(
-                f"step {self.step}: skipped, {verdict}: loss {sum(values):.4g}, gradient norm {norm:.4g}"
-            )
         self.zero_grad(set_to_none=True)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizers(use_pl_optimizer=False)
 
     def _accumulate_within_memory(self, batch: Batch, scored: Tensor) -> dict[str, Tensor]:
         """Redo the step with smaller micro-batches when memory runs out: the same loss and gradient."""
@@ -91,11 +94,9 @@ class TrainingModule(LightningModule):
 
     def _accumulate(self, batch: Batch, scored: Tensor) -> dict[str, Tensor]:
         """Gradients of this rank's rows; -> the loss in its parts, which add up over micro-batches and ranks."""
-        n = len(batch.tokens)
+        n, self.stats = len(batch.tokens), {}
         parts: dict[str, Tensor] = {}
-        self.stats = {}
-        edges = [*range(0, n, self.micro or n), n]
-        for first, last in itertools.pairwise(edges):
+        for first, last in itertools.pairwise([*range(0, n, self.micro or n), n]):
             micro = part(batch, first, last, self.device)
             with self.autocast():
                 share = (last - first) / (n * rank_and_world()[1])
@@ -109,27 +110,27 @@ class TrainingModule(LightningModule):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _move(self, params: Sequence[Tensor], lr: float, scale: float) -> None:
-        optimizer = self.optimizers(use_pl_optimizer=False)
         if scale < 1:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], scale)
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr * group["base_lr"]
-        self.moving = True
-        optimizer.step()
-        self.moving = False
+        self.optimizer.step()
 
-    def _give_up(self, batch: Batch) -> None:
+    def _where(self, batch: Batch) -> str:
         micro = part(batch, 0, min(len(batch.tokens), self.micro or len(batch.tokens)), self.device)
         with self.autocast():
             where = first_bad(self.model, micro.tokens, micro.packing)
-        raise NonFinite(
-            f"{PATIENCE} steps in a row, up to step {self.step + 1}, were not finite and not taken; first found in "
-            f"{where}. Weights and optimizer stand as before them."
+        return (
+            f"{PATIENCE} steps in a row, up to step {self.step}, were not finite and not taken; first found in {where}."
+            " Weights and optimizer stand as before them."
         )
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["module"] = {"step": self.step, "micro": self.micro, "guard": self.guard.state_dict()}
+    def state(self) -> dict[str, Any]:
+        """What continues a run, beside the weights."""
+        guard, optimizer = self.guard.state_dict(), self.optimizer.state_dict()
+        return {"step": self.step, "micro": self.micro, "guard": guard, "optimizer": optimizer}
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.step, self.micro = checkpoint["module"]["step"], checkpoint["module"]["micro"]
-        self.guard.load_state_dict(checkpoint["module"]["guard"])
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step, self.micro = state["step"], state["micro"]
+        self.guard.load_state_dict(state["guard"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -10,55 +11,48 @@ from torch.optim.adamw import adamw
 
 from hybridlab.models.ffn.moe import Experts
 from hybridlab.training.schedules import Cosine, WarmupStableDecay
-
-
-class _Settings:
-    """Checks what both rules' settings share."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            above_zero = name in ("tokens", "lr", "adamw_lr") and not value > 0
-            below_one = name in ("momentum", "beta1", "beta2") and not 0 <= value < 1
-            if above_zero or below_one or name == "weight_decay" and value < 0:
-                rule = "above 0" if above_zero else "from 0 to below 1" if below_one else "0 or more"
-                raise ValueError(f"{name}={value}: give a number {rule}")
+from hybridlab.training.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(_Settings):
-    """AdamW (Loshchilov & Hutter 2019) over a schedule of `tokens` tokens; only matrices inside layers are decayed."""
+class _Adaptive(Settings):
+    """What both have: a schedule of `tokens` tokens, decay of matrices inside layers, and AdamW for all else."""
 
     tokens: int
-    lr: float = 2e-3
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
     schedule: WarmupStableDecay | Cosine = field(default_factory=WarmupStableDecay)
 
+    def _adamw(self, lr: float) -> dict[str, Any]:
+        return {"rule": "adamw", "lr": lr, "betas": (self.beta1, self.beta2), "fused": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(_Adaptive):
+    """AdamW (Loshchilov & Hutter 2019) for every parameter."""
+
+    lr: float = 2e-3
+
     def build(self, model: nn.Module) -> "Optimizer":
-        adam = {"rule": "adamw", "lr": self.lr, "betas": (self.beta1, self.beta2)}
+        adam = self._adamw(self.lr)
         return Optimizer(model, {**adam, "weight_decay": self.weight_decay}, adam)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(_Settings):
+class Muon(_Adaptive):
     """Orthogonalised momentum (Jordan et al. 2024) for matrices inside layers, AdamW at `adamw_lr` for all else.
 
     An update is scaled to the root mean square 0.2 that AdamW's have (Liu et al. 2025), whatever the matrix's shape.
     """
 
-    tokens: int
     lr: float = 6e-3
     momentum: float = 0.95
-    weight_decay: float = 0.1
     adamw_lr: float = 3e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    schedule: WarmupStableDecay | Cosine = field(default_factory=WarmupStableDecay)
 
     def build(self, model: nn.Module) -> "Optimizer":
         muon = {"rule": "muon", "lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
-        return Optimizer(model, muon, {"rule": "adamw", "lr": self.adamw_lr, "betas": (self.beta1, self.beta2)})
+        return Optimizer(model, muon, self._adamw(self.adamw_lr))
 
 
 def partition(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -100,32 +94,38 @@ class Optimizer(torch.optim.Optimizer):
     def _adamw(self, params: list[Tensor], group: dict) -> None:
         for p in params:
             if not self.state[p]:
-                wide = torch.promote_types(p.dtype, torch.float32)
-                zeros = {k: torch.zeros_like(p, dtype=wide) for k in ("exp_avg", "exp_avg_sq")}
-                self.state[p].update(step=torch.zeros((), device=p.device), **zeros)
-        state = {k: [self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step")}
+                zeros = {"exp_avg": _wide_zeros(p), "exp_avg_sq": _wide_zeros(p)}
+                self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+        means, squares, steps = ([self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
         adamw(
-            params, [p.grad for p in params], state["exp_avg"], state["exp_avg_sq"], [], state["step"], fused=True,
-            amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8,
-            maximize=False,
+            params, [p.grad for p in params], means, squares, [], steps, fused=group["fused"], amsgrad=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
         )  # fmt: skip
 
     def _muon(self, params: list[Tensor], group: dict) -> None:
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p in params:
             if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            m = self.state[p]["momentum"].lerp_(p.grad.to(self.state[p]["momentum"].dtype), 1 - group["momentum"])
-            ahead = p.grad.lerp(m, group["momentum"])
-            wide = ahead if p.shape[-2] <= p.shape[-1] else rearrange(ahead, "... a b -> ... b a")
-            alike[tuple(wide.shape[-2:])].append((p, wide.reshape(-1, *wide.shape[-2:])))
+                self.state[p] = {"momentum": _wide_zeros(p)}
+            m = self.state[p]["momentum"]
+            m.lerp_(p.grad.to(m.dtype), 1 - group["momentum"])
+            wide = _turned(p.grad.lerp(m, group["momentum"]), like=p)
+            alike[wide.shape[-2:]].append((p, wide.reshape(-1, *wide.shape[-2:])))
         for (_, long), found in alike.items():
             updates = orthogonalise(torch.cat([u for _, u in found]).to(self.work_dtype))
             for (p, _), update in zip(found, updates.split([len(u) for _, u in found]), strict=True):
-                turned = update if p.shape[-2] <= p.shape[-1] else rearrange(update, "e a b -> e b a")
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(turned.reshape(p.shape), alpha=-0.2 * group["lr"] * long**0.5)
+                p.add_(_turned(update, like=p).reshape(p.shape), alpha=-0.2 * group["lr"] * long**0.5)
+
+
+def _wide_zeros(p: Tensor) -> Tensor:
+    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+
+
+def _turned(t: Tensor, like: Tensor) -> Tensor:
+    """The matrices t, transposed where those of `like` are tall; so there and back again."""
+    return t if like.shape[-2] <= like.shape[-1] else rearrange(t, "... a b -> ... b a")
 
 
 def orthogonalise(x: Tensor) -> Tensor:

@@ -32,19 +32,13 @@ def reduce(t: Tensor) -> Tensor:
 
 def gather(t: Tensor) -> Tensor:
     """Tensors of equal shape from all ranks, one after another in rank order."""
-    world = rank_and_world()[1]
-    if world == 1:
-        return t
-    found = [torch.empty_like(t) for _ in range(world)]
-    dist.all_gather(found, t)
-    return torch.cat(found)
+    rank, world = rank_and_world()
+    found = t.new_zeros(world, *t.shape)
+    found[rank] = t
+    return reduce(found).flatten(0, 1)
 
 
 def sum_gradients(params: Sequence[Tensor]) -> None:
     """Replace every gradient by its sum over ranks; a parameter that some rank did not use counts 0 there."""
-    if rank_and_world()[1] == 1:
-        return
-    for p in params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
-        work.wait()
+    for p in params if rank_and_world()[1] > 1 else ():
+        p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad)

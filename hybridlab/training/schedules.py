@@ -1,43 +1,34 @@
-"""Learning rates over time, as pure functions of the step: nothing to save, nothing that a resume could lose."""
+"""Learning rates over time, as pure functions of the step: nothing to save, nothing that a resume could lose.
+
+`factor(step, total)` is the multiple of the learning rate in step 0 … total - 1.
+"""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
 
-
-class Schedule:
-    """`factor(step, total)`: the multiple of the learning rate in step 0 … total - 1."""
-
-    def __post_init__(self) -> None:
-        ratios = {k: v for k, v in asdict(self).items() if k != "shape"}  # type: ignore[call-overload]
-        ratios["warmup_ratio + decay_ratio"] = ratios["warmup_ratio"] + ratios.get("decay_ratio", 0)
-        for name, value in ratios.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value}: give a ratio from 0 to 1")
-        if getattr(self, "shape", "linear") not in ("linear", "sqrt"):
-            raise ValueError(f"shape={self.shape!r} is not one of ('linear', 'sqrt')")  # type: ignore[attr-defined]
+from hybridlab.training.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupStableDecay(Schedule):
-    """Rise over `warmup_ratio` of the steps, stay at 1, fall over the last `decay_ratio` to `final`.
-
-    shape   linear, or sqrt: 1 - sqrt(x), which falls faster at first (Hägele et al. 2024)
-    """
+class WarmupStableDecay(Settings):
+    """Rise over `warmup_ratio` of the steps, stay at 1, fall in a line over the last `decay_ratio` to `final`."""
 
     warmup_ratio: float = 0.02
     decay_ratio: float = 0.3
-    shape: Literal["linear", "sqrt"] = "linear"
     final: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (both := self.warmup_ratio + self.decay_ratio) > 1:
+            raise ValueError(f"warmup_ratio + decay_ratio={both}: give no more than 1 in all")
+
     def factor(self, step: int, total: int) -> float:
-        x = 1 - min(1.0, (total - step) / max(1.0, self.decay_ratio * total))
-        fall = 1 - (x if self.shape == "linear" else math.sqrt(x))
-        return _rise(step, self.warmup_ratio * total) * (self.final + (1 - self.final) * fall)
+        left = min(1.0, (total - step) / max(1.0, self.decay_ratio * total))
+        return _rise(step, self.warmup_ratio * total) * (self.final + (1 - self.final) * left)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine(Schedule):
+class Cosine(Settings):
     """Rise over `warmup_ratio` of the steps, then half a cosine down to `final`."""
 
     warmup_ratio: float = 0.02

@@ -45,7 +45,7 @@ class Stop:
 
 
 class Lock:
-    """One run per folder. The system frees it when its holder dies, however it dies."""
+    """One run per folder. The system frees it when its holder dies, however it dies; children do not hold it."""
 
     def __init__(self, run_dir: Path):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -53,19 +53,13 @@ class Lock:
 
     def __enter__(self) -> None:
         self.file = self.path.open("a+")
-        for _ in range(100):
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                host, pid = (self.path.read_text().split() + ["?", "?"])[:2]
-                if host != os.uname().nodename or Path(f"/proc/{pid}").exists():
-                    raise Refused(
-                        f"{self.path.parent} is in use by process {pid} on {host}; wait for it, or give another run_dir"
-                    ) from None
-                time.sleep(0.1)  # its children are about to notice that it died
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            where = f"{self.path.parent} is in use by {self.path.read_text()}"
+            raise Refused(f"{where}; wait for it, or give another run_dir") from None
         self.file.truncate(0)
-        self.file.write(f"{os.uname().nodename} {os.getpid()}")
+        self.file.write(f"process {os.getpid()} on {os.uname().nodename}")
         self.file.flush()
 
     def __exit__(self, *_: object) -> None:
@@ -74,25 +68,25 @@ class Lock:
 
 def start(config: dict[str, Any], run_dir: Path) -> Path | None:
     """The checkpoint to continue from, None for a new run; raises Refused where the two configs are not one run's."""
-    own = run_dir / "checkpoints"
-    if config["resume"] == "never" and (run_dir / "run.json").exists():
+    resume, before, where = config["resume"], read(run_dir / "run.json").get("config"), run_dir
+    if resume == "never" and before:
         raise Refused(f"resume=never, but {run_dir} holds a run; give another run_dir, or remove it, or resume=auto")
-    where = run_dir if own.is_dir() and any(own.glob("step-*")) else None
-    if where is None and config["resume"] not in ("auto", "never"):
-        where = Path(config["resume"])
-    if where is None:
-        before = read(run_dir / "run.json").get("config")
-        return None if before is None else _same_run(before, config, run_dir)
+    if not any(run_dir.glob("checkpoints/step-*")):
+        if resume in ("auto", "never"):
+            return _same_run(before, config, run_dir) if before else None
+        where = Path(resume)
     folder = checkpoint.find(where, say=lambda line: print(line, file=sys.stderr))
     _same_run(checkpoint.load_config(folder), config, folder)
     return folder
 
 
 def _same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    old, new = ({k: v for key in HASHED for k, v in _flat(c[key], key)} for c in (before, now))
-    differ = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-    if differ:
-        lines = [f"  {k}: {old.get(k, 'not set')!r} there, {new.get(k, 'not set')!r} now" for k in differ]
+    old, new = (dict(pair for key in HASHED for pair in _flat(config[key], key)) for config in (before, now))
+    lines = [
+        f"  {key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} now"
+        for key in {**old, **new} if old.get(key) != new.get(key)
+    ]  # fmt: skip
+    if lines:
         raise Refused(
             f"{where} was trained with another configuration:\n" + "\n".join(lines[:20]) + "\n"
             "give another run_dir to start anew, or init_from to take over its weights only"

@@ -1,12 +1,37 @@
-"""What `trainer=` and `logger=` in a config may say. Imports nothing heavy, so that configs are checked quickly."""
+"""What `trainer=` and `logger=` in a config may say, and the rules that settings keep. Imports nothing heavy."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
+class Settings:
+    """Refuses numbers out of range and unknown choices when it is made."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of {choices}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                holds, rule = _rule(name, value)
+                if not holds:
+                    raise ValueError(f"{name}={value}: give a number {rule}")
+
+
+def _rule(name: str, value: float) -> tuple[bool, str]:
+    if name.endswith("_ratio") or name == "final":
+        return 0 <= value <= 1, "from 0 to 1"
+    if name in ("momentum", "beta1", "beta2"):
+        return 0 <= value < 1, "from 0 to below 1"
+    if name in ("weight_decay", "z_loss", "workers"):
+        return value >= 0, "of 0 or more"
+    return value > 0, "above 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings(Settings):
     """How a run is driven; of these, only `clip_norm`, `spike_sigmas` and `precision` change what is learned.
 
     max_tokens        stop after so many; None: at the end of the schedule, `optim.tokens`
@@ -15,7 +40,7 @@ class TrainerSettings:
     spike_sigmas      skip a step whose loss or gradient norm lies so many deviations above recent ones; None: never
     valid_every       steps between validations on the first `valid_rows` rows (None: all); at the end, on all
     keep              how many of the last checkpoints stay, beside the best by validation
-    workers           processes that read data; 0: a thread
+    workers           processes that read data ahead; 0: it is read between steps
     """
 
     max_tokens: int | None = None
@@ -27,7 +52,6 @@ class TrainerSettings:
     valid_rows: int | None = None
     save_every: int = 250
     keep: int = 2
-    log_every: int = 1
     compile: bool = False
     checkpoint_gradients: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -37,26 +61,10 @@ class TrainerSettings:
     sample_prompts: Sequence[str] = ("def ", "import ", "class ")
     sample_tokens: int = 64
 
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and (value < 0 or value == 0 and name != "workers"):
-                raise ValueError(f"{name}={value}: give a number above 0")
-        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
-        _one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-
 
 @dataclass(frozen=True, kw_only=True)
-class LoggerSettings:
+class LoggerSettings(Settings):
     """Where metrics go beside `metrics.jsonl`, which is always written."""
 
     kind: Literal["wandb", "tensorboard", "csv", "none"] = "wandb"
     project: str = "hybridlab"
-
-    def __post_init__(self) -> None:
-        _one_of("kind", self.kind, ("wandb", "tensorboard", "csv", "none"))
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {allowed}")

@@ -1,4 +1,3 @@
-import torch
 from torch import Tensor
 
 from hybridlab.kernels import check as must
@@ -16,8 +15,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def make(case: Case, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator) -> dict:
-    draw = Draw(device, dtype, generator)
+def make(case: Case, draw: Draw) -> dict:
     b, t, d, w = (case[name] for name in ("batch", "time", "d_model", "width"))
     return dict(
         x=draw.normal(b, t, d),
@@ -36,9 +34,3 @@ def check(x: Tensor, weight: Tensor, bias=None, state=None, offsets=None, *, sil
 
 def flops(case: Case) -> int:
     return 2 * case["width"] * case["batch"] * case["time"] * case["d_model"]
-
-
-def bytes_moved(case: Case, dtype: torch.dtype) -> int:
-    b, t, d, w = (case[name] for name in ("batch", "time", "d_model", "width"))
-    states = len(case["docs"] or range(b)) * (w - 1) * d * (1 + case["state"])
-    return (2 * b * t * d + d * (w + case["bias"])) * dtype.itemsize + states * 4

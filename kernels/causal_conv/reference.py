@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-from hybridlab.kernels.chunks import by_document, initial
+from hybridlab.kernels.chunks import initial, recur
 
 
 def causal_conv_reference(x: Tensor, weight: Tensor, bias=None, state=None, offsets=None, *, silu: bool = False):
@@ -18,15 +18,10 @@ def causal_conv_reference(x: Tensor, weight: Tensor, bias=None, state=None, offs
     wide = torch.promote_types(x.dtype, torch.float32)
     state = initial(state, x, offsets, weight.shape[1] - 1, x.shape[2])
 
-    def loop(tokens: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-        x = tokens[0]
-        ys = [x[:, :0]]
-        for x_t in x.unbind(1):
-            window = torch.cat([state, x_t[:, None]], 1)
-            y_t = einsum(window, weight.to(wide), "b w d, d w -> b d")
-            ys.append((y_t if bias is None else y_t + bias.to(wide))[:, None])
-            state = window[:, 1:]
-        return torch.cat(ys, 1), state
+    def step(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        window = torch.cat([past, x[:, None]], 1)
+        return window[:, 1:], einsum(window, weight.to(wide), "b w d, d w -> b d")
 
-    y, state = loop([x.to(wide)], state) if offsets is None else by_document(loop, offsets, [x.to(wide)], state)
+    y, state = recur(step, state, offsets, x.to(wide))
+    y = y if bias is None else y + bias.to(wide)
     return (F.silu(y) if silu else y).to(x.dtype), state

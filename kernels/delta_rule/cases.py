@@ -1,4 +1,3 @@
-import torch
 from torch import Tensor
 
 from hybridlab.kernels import check as must
@@ -13,11 +12,10 @@ CASES: dict[str, Case] = {name: linear.CASES[name] for name in TIMES} | {
 }
 
 
-def make(case: Case, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator) -> dict:
-    draw, args = Draw(device, dtype, generator), linear.make(case, device, dtype, generator)
-    q, k, v, *rest = args.items()
-    beta = draw.uniform(*v[1].shape[:3], high=case.get("most", 1.0))
-    return dict([q, ("k", draw.unit(*k[1].shape)), v, ("beta", beta), *rest])
+def make(case: Case, draw: Draw) -> dict:
+    args = linear.make(case, draw)
+    beta = draw.uniform(*args["v"].shape[:3], high=case.get("most", 1.0))
+    return args | dict(k=draw.unit(*args["k"].shape), beta=beta)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay=None, state=None, offsets=None) -> None:
@@ -31,7 +29,3 @@ def check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay=None, state=N
 def flops(case: Case) -> int:
     """One more product with the state than `linear_recurrence`: what is stored under the key."""
     return linear.flops(case) + 2 * case["batch"] * case["time"] * case["heads"] * case["key"] * case["value"]
-
-
-def bytes_moved(case: Case, dtype: torch.dtype) -> int:
-    return linear.bytes_moved(case, dtype) + case["batch"] * case["time"] * case["heads"] * dtype.itemsize

@@ -3,7 +3,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from hybridlab.kernels.chunks import Chunks, initial, pick
-from hybridlab.kernels.decay import decayed_products, decays
+from hybridlab.kernels.decay import decayed_products, decays, per_token
 
 
 def delta_rule_chunked(
@@ -13,10 +13,8 @@ def delta_rule_chunked(
     wide = torch.promote_types(v.dtype, torch.float32)
     (time, heads), groups = v.shape[1:3], q.shape[2]
     state = initial(state, v, offsets, heads, q.shape[3], v.shape[3])
-    log_decay = torch.zeros_like(beta, dtype=wide) if log_decay is None else log_decay.to(wide)
-    log_decay = log_decay[..., None] if log_decay.dim() == 3 else log_decay
     cut = Chunks(time, offsets, chunk or pick(time, offsets, 16))
-    parts = (cut.split(x.to(wide)) for x in (q, k, v, beta[..., None], log_decay))
+    parts = (cut.split(x.to(wide)) for x in (q, k, v, beta[..., None], per_token(log_decay, v)))
     q, k, values, beta, g = (rearrange(x, "b n c h k -> b n h c k") for x in parts)
     if g.shape[-1] == 1:
         inside, since, until = decays(g.squeeze(-1))

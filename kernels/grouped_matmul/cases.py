@@ -1,4 +1,3 @@
-import torch
 from torch import Tensor
 
 from hybridlab.kernels import check as must
@@ -14,8 +13,7 @@ CASES: dict[str, Case] = {  # rows: of each expert
 }
 
 
-def make(case: Case, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator) -> dict:
-    draw = Draw(device, dtype, generator)
+def make(case: Case, draw: Draw) -> dict:
     x, weight = draw.normal(sum(case["rows"]), case["k"]), draw.normal(len(case["rows"]), case["k"], case["n"])
     return dict(x=x, weight=weight, offsets=draw.offsets(case["rows"]))
 
@@ -24,15 +22,9 @@ def check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
     size = must.shapes({"x": (x, "r k"), "weight": (weight, "e k n")})
     must.state(None, "", {"b": 1, "t": size["r"]}, offsets)
     if x.dtype != weight.dtype or len(offsets) != size["e"] + 1:
-        raise ValueError(
-            f"x {x.dtype}, weight {weight.dtype}, {len(offsets)} offsets for {size['e']} experts do not fit"
-        )
+        given = f"x {x.dtype}, weight {weight.dtype}, {len(offsets)} offsets"
+        raise ValueError(f"{given} for {size['e']} experts do not fit")
 
 
 def flops(case: Case) -> int:
     return 2 * sum(case["rows"]) * case["k"] * case["n"]
-
-
-def bytes_moved(case: Case, dtype: torch.dtype) -> int:
-    rows, k, n = sum(case["rows"]), case["k"], case["n"]
-    return (rows * (k + n) + len(case["rows"]) * k * n) * dtype.itemsize

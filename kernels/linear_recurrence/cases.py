@@ -19,8 +19,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def make(case: Case, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator) -> dict:
-    draw = Draw(device, dtype, generator)
+def make(case: Case, draw: Draw) -> dict:
     b, t, h, g, k, v = (case[name] for name in ("batch", "time", "heads", "groups", "key", "value"))
     shape = {"head": (h,), "time": (b, t, h), "channel": (b, t, h, k)}.get(case["decay"])
     log_decay = draw.log_decay(*shape, low=case.get("low", -1.0)) if shape else None
@@ -39,7 +38,8 @@ def make(case: Case, device: torch.device | str, dtype: torch.dtype, generator: 
 def check(q: Tensor, k: Tensor, v: Tensor, log_decay=None, state=None, offsets=None) -> None:
     axes = {1: "h", 3: "b t h"}.get(log_decay.dim(), "b t h k") if log_decay is not None else ""
     sizes = must.shapes({"q": (q, "b t g k"), "k": (k, "b t g k"), "v": (v, "b t h v"), "log_decay": (log_decay, axes)})
-    must.groups(sizes)
+    if sizes["h"] % sizes["g"]:
+        raise ValueError(f"{sizes['g']} groups of q and k do not divide {sizes['h']} heads of v")
     must.state(state, "h k v", sizes, offsets)
     must.within("log_decay", log_decay, -torch.inf, 0)
 
@@ -47,10 +47,3 @@ def check(q: Tensor, k: Tensor, v: Tensor, log_decay=None, state=None, offsets=N
 def flops(case: Case) -> int:
     per_head = case["key"] * case["value"]
     return (4 + (case["decay"] is not None)) * case["batch"] * case["time"] * case["heads"] * per_head
-
-
-def bytes_moved(case: Case, dtype: torch.dtype) -> int:
-    b, t, h, g, k, v = (case[name] for name in ("batch", "time", "heads", "groups", "key", "value"))
-    decays = {None: 0, "head": h, "time": b * t * h, "channel": b * t * h * k}[case["decay"]]
-    states = len(case["docs"] or range(b)) * h * k * v * (1 + case["state"])
-    return (2 * b * t * (g * k + h * v) + decays) * dtype.itemsize + states * 4

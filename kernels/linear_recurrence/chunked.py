@@ -3,7 +3,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from hybridlab.kernels.chunks import Chunks, initial, pick
-from hybridlab.kernels.decay import decayed_products, decays
+from hybridlab.kernels.decay import decayed_products, decays, per_token
 
 
 def linear_recurrence_chunked(
@@ -14,18 +14,15 @@ def linear_recurrence_chunked(
     chunk  a power of two; picked by size if None
     """
     wide = torch.promote_types(v.dtype, torch.float32)
-    batch, time, heads = v.shape[:3]
-    state = initial(state, v, offsets, heads, q.shape[3], v.shape[3])
-    log_decay = v.new_zeros(heads, dtype=wide) if log_decay is None else log_decay.to(wide)
-    log_decay = log_decay.expand(batch, time, heads) if log_decay.dim() == 1 else log_decay
-    cut = Chunks(time, offsets, chunk or pick(time, offsets, 32))
-    parts = [cut.split(x.to(wide)) for x in (q, k, v, log_decay)]
-    y, state = _per_channel(cut, parts, state) if log_decay.dim() == 4 else _per_head(cut, parts, state)
+    state = initial(state, v, offsets, v.shape[2], q.shape[3], v.shape[3])
+    cut = Chunks(v.shape[1], offsets, chunk or pick(v.shape[1], offsets, 32))
+    parts = [cut.split(x.to(wide)) for x in (q, k, v, per_token(log_decay, v))]
+    y, state = (_per_head if parts[3].shape[-1] == 1 else _per_channel)(cut, parts, state)
     return cut.join(y).to(v.dtype), state
 
 
 def _per_head(cut: Chunks, parts: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-    """parts q, k [b n c g k], v [b n c h v], g [b n c h]; state [rows h k v] -> y [b n c h v], state
+    """parts q, k [b n c g k], v [b n c h v], g [b n c h 1]; state [rows h k v] -> y [b n c h v], state
 
     Decays stand on the value side, so that all heads of a group share the products of their q and k.
     """
@@ -33,7 +30,7 @@ def _per_head(cut: Chunks, parts: list[Tensor], state: Tensor) -> tuple[Tensor, 
     groups = q.shape[3]
     q, k = (rearrange(x, "b n c g k -> b n g c k") for x in (q, k))
     v = rearrange(v, "b n c (g r) v -> b n g r c v", g=groups)
-    inside, since, until = decays(rearrange(g, "b n c (g r) -> b n g r c", g=groups))
+    inside, since, until = decays(rearrange(g, "b n c (g r) 1 -> b n g r c", g=groups))
     near = ((q @ k.mT).unsqueeze(3) * inside) @ v
     local = k.mT @ rearrange(v * until[..., None], "b n g r c v -> b n g c (r v)")
     whole = repeat(since[..., -1], "b n g r -> b n g 1 (r v)", v=v.shape[-1])

@@ -2,7 +2,8 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from hybridlab.kernels.chunks import by_document, initial
+from hybridlab.kernels.chunks import initial, recur
+from hybridlab.kernels.decay import per_token
 
 
 def linear_recurrence_reference(q: Tensor, k: Tensor, v: Tensor, log_decay=None, state=None, offsets=None):
@@ -16,20 +17,12 @@ def linear_recurrence_reference(q: Tensor, k: Tensor, v: Tensor, log_decay=None,
     returns    y like v; state [batch or docs, heads, key, value] after the last token, float32 or wider
     """
     wide = torch.promote_types(v.dtype, torch.float32)
-    (batch, time, heads), groups = v.shape[:3], q.shape[2]
-    state = initial(state, v, offsets, heads, q.shape[3], v.shape[3])
-    q, k = (repeat(x.to(wide), "b t g k -> b t (g r) k", r=heads // groups) for x in (q, k))
-    decay = v.new_zeros(heads, dtype=wide) if log_decay is None else log_decay.to(wide)
-    decay = decay.expand(batch, time, heads) if decay.dim() == 1 else decay
-    decay = decay[..., None] if decay.dim() == 3 else decay
-    tokens = [q, k, v.to(wide), decay.exp()]
-    y, state = _loop(tokens, state) if offsets is None else by_document(_loop, offsets, tokens, state)
+    state = initial(state, v, offsets, v.shape[2], q.shape[3], v.shape[3])
+    q, k = (repeat(x.to(wide), "b t g k -> b t (g r) k", r=v.shape[2] // x.shape[2]) for x in (q, k))
+
+    def step(s: Tensor, v: Tensor, q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+        s = decay[..., None] * s + einsum(k, v, "b h k, b h v -> b h k v")
+        return s, einsum(s, q, "b h k v, b h k -> b h v")
+
+    y, state = recur(step, state, offsets, v.to(wide), q, k, per_token(log_decay, v).exp())
     return y.to(v.dtype), state
-
-
-def _loop(tokens: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-    ys = [tokens[2][:, :0]]
-    for q_t, k_t, v_t, a_t in zip(*(x.unbind(1) for x in tokens), strict=True):
-        state = a_t[..., None] * state + einsum(k_t, v_t, "b h k, b h v -> b h k v")
-        ys.append(einsum(state, q_t, "b h k v, b h k -> b h v")[:, None])
-    return torch.cat(ys, 1), state

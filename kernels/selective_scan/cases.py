@@ -14,8 +14,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def make(case: Case, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator) -> dict:
-    draw = Draw(device, dtype, generator)
+def make(case: Case, draw: Draw) -> dict:
     b, t, d, n, rest = (case[name] for name in ("batch", "time", "d_model", "n", "rest"))
     return dict(
         x=draw.normal(b, t, d),
@@ -46,9 +45,3 @@ def check(x, delta, A, B, C, D=None, state=None, offsets=None, *, z=None, delta_
 def flops(case: Case) -> int:
     """Per channel and state: Δ·A, decay · h, + (Δx)·B, h·C; exponentials, the skip and the gate are not counted."""
     return 6 * case["batch"] * case["time"] * case["d_model"] * case["n"]
-
-
-def bytes_moved(case: Case, dtype: torch.dtype) -> int:
-    b, t, d, n, rest = (case[name] for name in ("batch", "time", "d_model", "n", "rest"))
-    states = len(case["docs"] or range(b)) * d * n * (1 + case["state"])
-    return (b * t * (d * (3 + rest) + 2 * n) + d * (n + 2 * rest)) * dtype.itemsize + states * 4

@@ -3,23 +3,13 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
 
-from hybridlab.kernels.chunks import by_document, initial
+from hybridlab.kernels.chunks import initial, recur
 
 
 def selective_scan_reference(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D=None,
-    state=None,
-    offsets=None,
-    *,
-    z=None,
-    delta_bias=None,
-    softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D=None, state=None, offsets=None,
+    *, z=None, delta_bias=None, softplus: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t;  y_t = (C_t h_t + D x_t) silu(z_t),  Δ = softplus(delta + delta_bias).
 
     x, delta    [batch, time, d_model]; Δ is not negative
@@ -35,15 +25,10 @@ def selective_scan_reference(
     step = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias.to(wide)
     step = F.softplus(step) if softplus else step
 
-    def loop(tokens: list[Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
-        x, step, B, C = tokens
-        ys = [x[:, :0]]
-        for x_t, step_t, B_t, C_t in zip(x.unbind(1), step.unbind(1), B.unbind(1), C.unbind(1), strict=True):
-            h = (step_t[..., None] * A.to(wide)).exp() * h + einsum(step_t * x_t, B_t, "b d, b n -> b d n")
-            ys.append(einsum(h, C_t, "b d n, b n -> b d")[:, None])
-        return torch.cat(ys, 1), h
+    def move(h: Tensor, x: Tensor, step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        h = (step[..., None] * A.to(wide)).exp() * h + einsum(step * x, B, "b d, b n -> b d n")
+        return h, einsum(h, C, "b d n, b n -> b d")
 
-    tokens = [x.to(wide), step, B.to(wide), C.to(wide)]
-    y, state = loop(tokens, state) if offsets is None else by_document(loop, offsets, tokens, state)
+    y, state = recur(move, state, offsets, x.to(wide), step, B.to(wide), C.to(wide))
     y = y if D is None else y + D.to(wide) * x.to(wide)
     return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype), state

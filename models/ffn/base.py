@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from hybridlab.models.parts.init import Module
+from hybridlab.models.parts.init import Module, count
 
 
 class Extras(NamedTuple):
@@ -36,10 +36,10 @@ class FeedForward(Module, ABC):
     def flops(self, length: int) -> int:
         """Forward FLOPs on `length` tokens, 2 per multiply-add, of what is active per token."""
 
-    def output_weights(self) -> list[nn.Parameter]:
+    def output_weights(self) -> list[Tensor]:
         """The matrices that write into the residual stream; models scale their initial values by depth."""
         return [self.down.weight]
 
     def active_params(self) -> int:
         """Parameters that one token passes through."""
-        return sum(p.numel() for p in self.parameters())
+        return count(self)

@@ -50,18 +50,10 @@ class MoE(FeedForward):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        *,
-        n_experts: int,
-        top_k: int,
-        d_hidden: int,
-        router: Callable[..., Router] | None = None,
-        d_shared: int = 0,
-        activation: Literal["swiglu", "geglu", "relu2"] = "swiglu",
-        balance_loss: float = 0.01,
-        z_loss: float = 0.001,
-    ):
+        self, d_model: int, *, n_experts: int, top_k: int, d_hidden: int, d_shared: int = 0,
+        router: Callable[..., Router] | None = None, activation: Literal["swiglu", "geglu", "relu2"] = "swiglu",
+        balance_loss: float = 0.01, z_loss: float = 0.001,
+    ):  # fmt: skip
         super().__init__()
         if activation not in DENSE:
             raise ValueError(f"activation={activation!r} is not one of {sorted(DENSE)}")
@@ -97,7 +89,7 @@ class MoE(FeedForward):
     def flops(self, length: int) -> int:
         return 2 * self.active_params() * length  # every parameter is an element of a matrix
 
-    def output_weights(self) -> list[nn.Parameter]:
+    def output_weights(self) -> list[Tensor]:
         return [self.experts.down] + ([] if self.shared is None else self.shared.output_weights())
 
     def active_params(self) -> int:

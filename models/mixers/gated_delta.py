@@ -32,10 +32,10 @@ class GatedDelta(RecurrentMixer):
     ):  # fmt: skip
         super().__init__()
         self.d_model, self.n_heads, self.negative_eigenvalues = d_model, n_heads, negative_eigenvalues
-        self.key_dim = divide(d_model, n_heads, "n_heads into d_model") if key_dim is None else key_dim
+        self.key_dim = divide(d_model, n_heads, "d_model", "n_heads") if key_dim is None else key_dim
         self.value_dim = self.key_dim if value_dim is None else value_dim
         self.n_value_heads = n_heads if n_value_heads is None else n_value_heads
-        divide(self.n_value_heads, n_heads, "n_heads into n_value_heads")
+        divide(self.n_value_heads, n_heads, "n_value_heads", "n_heads")
         self.keys, self.values = n_heads * self.key_dim, self.n_value_heads * self.value_dim
         # q, k and v; gate; β; α
         self.widths = [2 * self.keys + self.values, self.values, self.n_value_heads, self.n_value_heads]

@@ -31,8 +31,8 @@ class Mamba2(RecurrentMixer):
         super().__init__()
         self.d_model, self.channels = d_model, expand * d_model
         self.head_dim, self.d_state, self.n_groups = head_dim, d_state, n_groups
-        self.n_heads = divide(self.channels, head_dim, "head_dim into expand · d_model")
-        divide(self.n_heads, n_groups, "n_groups into heads")
+        self.n_heads = divide(self.channels, head_dim, "expand · d_model", "head_dim")
+        divide(self.n_heads, n_groups, "heads", "n_groups")
         self.bc = n_groups * d_state
         self.widths = [self.channels, self.channels + 2 * self.bc, self.n_heads]  # gate; x, B and C; Δ
         self.inputs = nn.Linear(d_model, sum(self.widths), bias=False)

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hybridlab.models.mixer import State, TokenMixer, wide
+from hybridlab.models.mixer import Device, Dtype, State, TokenMixer, wide
 from hybridlab.models.parts.conv import ShortConv
 from hybridlab.packing import Packing
 
@@ -57,9 +57,7 @@ class RecurrentMixer(TokenMixer):
         y, state = self.scan(rearrange(x, "b d -> b 1 d"), state, None)
         return rearrange(y, "b 1 d -> b d"), state
 
-    def init_state(
-        self, batch: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> State:
+    def init_state(self, batch: int, max_len: int, device: Device = None, dtype: Dtype = None) -> State:
         return self.empty(lambda *shape: torch.zeros(batch, *shape, device=device, dtype=wide(dtype)))
 
     def flops(self, length: int) -> int:
@@ -67,10 +65,10 @@ class RecurrentMixer(TokenMixer):
         return length * (2 * sum(weight.numel() for weight in weights) + self.flops_beside())
 
 
-def divide(total: int, parts: int, names: str) -> int:
-    """total / parts, or ValueError; `names` says what the two are."""
+def divide(total: int, parts: int, total_name: str, parts_name: str) -> int:
+    """total / parts, or ValueError with both names and values."""
     if parts < 1 or total % parts:
-        raise ValueError(f"{names}: {parts} does not divide {total}")
+        raise ValueError(f"{parts_name}={parts} does not divide {total_name}={total}")
     return total // parts
 
 

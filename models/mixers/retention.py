@@ -33,7 +33,7 @@ class Retention(RecurrentMixer):
     def __init__(self, d_model: int, *, n_heads: int, value_ratio: int = 2, rope_theta: float = 10000.0):
         super().__init__()
         self.d_model, self.n_heads, self.rope_theta = d_model, n_heads, rope_theta
-        self.key_dim = divide(d_model, n_heads, "n_heads into d_model")
+        self.key_dim = divide(d_model, n_heads, "d_model", "n_heads")
         self.values = value_ratio * d_model
         check_dims(None, self.key_dim)
         self.widths = [d_model, d_model, self.values, self.values]  # q, k, v, gate

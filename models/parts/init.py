@@ -1,7 +1,7 @@
 """How modules come to life: dtype of own parameters, and initial values."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ class Module(nn.Module):
         reset_children(self)
 
 
+def count(module: nn.Module) -> int:
+    """Numbers in all parameters below."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def _at_least_float32(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     moved = fn(t)
     narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4
@@ -39,7 +44,7 @@ def reset_children(module: nn.Module) -> None:
             nn.init.normal_(child.weight, std=child.in_features**-0.5)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
-        elif isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        elif isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential | nn.Identity):
             reset_children(child)
         else:
-            child.reset_parameters()
+            cast(Module, child).reset_parameters()

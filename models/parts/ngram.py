@@ -1,11 +1,15 @@
 """N-gram heads: hard attention to what followed the last tokens when they stood here before."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from hybridlab.models.mixer import map_state
 from hybridlab.models.parts.init import Module
 from hybridlab.packing import Packing
 
@@ -33,9 +37,9 @@ class NgramHeads(Module):
 
     For every order n, the most recent earlier position whose last n tokens equal the current ones is found, and with it
     the token that followed, and how many of the latest such positions agree on that token. The first head reads the
-    longest order that matches, each further one the longest whose token no head before it reads. What a head reads enters
-    the residual stream, and raises the logit of the token read, as a pointer (Merity et al. 2016, arXiv 1609.07843)
-    without a mixture.
+    longest order that matches, each further one the longest whose token no head before it reads. What a head reads
+    enters the residual stream, and raises the logit of the token read, as a pointer (Merity et al. 2016, arXiv
+    1609.07843) without a mixture.
 
     orders   lengths matched, ascending; each at most twice the one before it
     """
@@ -43,16 +47,16 @@ class NgramHeads(Module):
     def __init__(self, d_model: int, *, n_heads: int = 1, orders: Sequence[int] = (1, 2, 4, 8, 16, 32)):
         super().__init__()
         orders = list(orders)
-        if not orders or orders[0] != 1 or any(not a < b <= 2 * a for a, b in zip(orders, orders[1:], strict=False)):
+        if orders[:1] != [1] or any(not a < b <= 2 * a for a, b in pairwise(orders)):
             raise ValueError(f"orders={orders}: start at 1 and grow, each at most twice the one before it")
         if not 1 <= n_heads <= len(orders):
             raise ValueError(f"n_heads={n_heads}: from 1 to as many as orders={orders} holds")
         self.d_model, self.orders, self.n_heads = d_model, orders, n_heads
         levels = 1 + RUNS * len(orders)
-        self.read = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in range(self.n_heads))
-        self.level_embed = nn.Parameter(torch.empty(self.n_heads, levels, d_model))
-        self.level_logit = nn.Parameter(torch.empty(self.n_heads, levels))
-        self.trust = nn.Parameter(torch.empty(self.n_heads, d_model))
+        self.read = nn.ModuleList(nn.Linear(d_model, d_model, bias=False) for _ in range(n_heads))
+        self.level_embed = nn.Parameter(torch.empty(n_heads, levels, d_model))
+        self.level_logit = nn.Parameter(torch.empty(n_heads, levels))
+        self.trust = nn.Parameter(torch.empty(n_heads, d_model))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -66,7 +70,7 @@ class NgramHeads(Module):
         some = (found.level > 0).to(x.dtype)
         for i, read in enumerate(self.read):
             value = read(embedding(found.token[..., i])) * some[..., i, None]
-            x = x + value + self.level_embed[i][found.level[..., i]].to(x.dtype)
+            x = x + value + F.embedding(found.level[..., i], self.level_embed[i]).to(x.dtype)
         return x
 
     def leave(self, logits: Tensor, x: Tensor, found: Found) -> Tensor:
@@ -82,15 +86,14 @@ class NgramHeads(Module):
         packing = packing or Packing.from_lengths([tokens.shape[1]] * tokens.shape[0], tokens.device)
         flat = tokens.flatten()
         per_order = [_follow(names, flat) for names in _names(flat, packing, self.orders)]
-        found = self._choose(torch.stack([t for t, _ in per_order], -1), torch.stack([r for _, r in per_order], -1))
-        return Found(*(part.view(*tokens.shape, self.n_heads) for part in found))
+        found = self._choose(*(torch.stack(parts, -1) for parts in zip(*per_order, strict=True)))
+        return map_state(lambda part: part.view(*tokens.shape, self.n_heads), found)
 
     def _choose(self, token: Tensor, run: Tensor) -> Found:
         """token, run int64 [..., orders], run 0 where nothing matches -> what each head reads."""
         # floor(log2(run)) by comparison: exact, where a float logarithm need not be
         grade = sum((run >= 2**i).long() for i in range(1, RUNS))
-        tokens = [torch.zeros_like(run[..., 0]) for _ in range(self.n_heads)]
-        levels = [torch.zeros_like(run[..., 0]) for _ in range(self.n_heads)]
+        tokens, levels = ([torch.zeros_like(run[..., 0])] * self.n_heads for _ in range(2))
         for i in reversed(range(len(self.orders))):
             offered = run[..., i] > 0
             for head in range(self.n_heads):
@@ -102,8 +105,9 @@ class NgramHeads(Module):
         return Found(torch.stack(tokens, -1), torch.stack(levels, -1))
 
     def init_state(self, batch: int, max_len: int, device: torch.device | str | None = None) -> NgramState:
-        empty = torch.zeros(batch, max_len, dtype=torch.int64, device=device)
-        return NgramState(empty, torch.zeros(batch, dtype=torch.int64, device=device))
+        return NgramState(
+            *(torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((batch, max_len), batch))
+        )
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, state: NgramState, packing: Packing | None = None) -> tuple[Found, NgramState]:
@@ -117,32 +121,30 @@ class NgramHeads(Module):
         whole = Packing.from_lengths([len(row) for row in rows], tokens.device)
         found = self.find(torch.cat(rows)[None], whole)
         fresh = whole.positions >= state.length[whole.ids]
-        return Found(*(part[0, fresh].view(*tokens.shape, self.n_heads) for part in found)), NgramState(
-            state[0], length
+        return map_state(lambda part: part[0, fresh].view(*tokens.shape, self.n_heads), found), NgramState(
+            state.tokens, length
         )
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: NgramState) -> tuple[Found, NgramState]:
         """tokens int64 [batch]: the definition, position by position against the document so far. Consumes `state`."""
-        length = state.length + 1
+        length, reach = state.length + 1, self.orders[-1]
         self._check(length, state)
         state.tokens.scatter_(1, state.length[:, None], tokens[:, None])
         history = state.tokens[:, : int(length.max())]
-        position = torch.arange(history.shape[1], device=tokens.device)
-        alive = position < state.length[:, None]
-        runs, follows = [], []
-        following = history.roll(-1, 1)
-        for n in range(self.orders[-1]):
-            back = (state.length - n).clamp(min=0)[:, None]
-            same = history.roll(n, 1) == history.gather(1, back)
-            alive = alive & same & (position >= n) & (state.length[:, None] >= n)
-            if n + 1 in self.orders:
-                last = torch.where(alive, position, -1).amax(1, keepdim=True)
-                follow = following.gather(1, last.clamp(min=0))
-                differs = torch.where(alive & (following != follow), position, -1).amax(1, keepdim=True)
-                runs.append((alive & (position > differs)).sum(1))
-                follows.append(follow[:, 0])
-        return self._choose(torch.stack(follows, -1), torch.stack(runs, -1)), NgramState(state.tokens, length)
+        ends = F.pad(history, (reach - 1, 0), value=-1).unfold(1, reach, 1)  # [batch, time, reach], -1 before the start
+        now = ends.gather(1, repeat(state.length, "b -> b 1 r", r=reach))
+        equal = ((ends == now) & (ends >= 0)).flip(-1).cumprod(-1, dtype=torch.uint8)[
+            ..., [n - 1 for n in self.orders]
+        ] > 0
+        position = rearrange(torch.arange(history.shape[1], device=tokens.device), "t -> 1 t 1")
+        equal = equal & (position < state.length[:, None, None])  # [batch, time, orders]
+        last = torch.where(equal, position, -1).amax(1, keepdim=True)
+        following = repeat(history.roll(-1, 1), "b t -> b t o", o=len(self.orders))
+        follow = following.gather(1, last.clamp(min=0))
+        differs = torch.where(equal & (following != follow), position, -1).amax(1, keepdim=True)
+        run = (equal & (position > differs)).sum(1)
+        return self._choose(follow[:, 0], run), NgramState(state.tokens, length)
 
     def _check(self, length: Tensor, state: NgramState) -> None:
         if (longest := int(length.max())) > state.tokens.shape[1]:
@@ -160,7 +162,7 @@ def _names(flat: Tensor, packing: Packing, orders: Sequence[int]) -> list[Tensor
     """
     ids, positions = packing.ids, packing.positions
     names = [torch.unique(ids * 2**31 + flat, return_inverse=True)[1]]
-    for shorter, n in zip(orders, orders[1:], strict=False):
+    for shorter, n in pairwise(orders):
         before = names[-1].roll(n - shorter)
         pair = torch.unique(names[-1] * len(flat) + before, return_inverse=True)[1]
         names.append(torch.where(positions >= n - 1, pair, -1 - torch.arange(len(flat), device=flat.device)))

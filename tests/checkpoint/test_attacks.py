@@ -168,14 +168,6 @@ def tensor_beyond_the_end(folder, canary):
     weights(folder, b'{"embed.weight":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}', bytes(8))
 
 
-def tied_to_nothing(folder, canary):
-    weights(folder, b'{"__metadata__":{"tied":"{\\"embed.weight\\": \\"nothing\\"}"}}')
-
-
-def tied_is_no_mapping(folder, canary):
-    weights(folder, b'{"__metadata__":{"tied":"[1]"}}')
-
-
 def broken_tokenizer(folder, canary):
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}, "auto_map": "evil_module_beside.Model"}')
 
@@ -185,7 +177,7 @@ ATTACKS = [
     pickled_config, yaml_tag, yaml_tag_as_text, target_system, target_popen_within, target_through_our_imports,
     target_reexported_class, target_our_function, target_our_class_that_writes, target_torch_load,
     target_module_beside, target_of_hydra, target_is_a_list, auto_map, instantiator, interpolation, deep_json,
-    huge_json, header_of_2_to_60, tensor_of_2_to_60, tensor_beyond_the_end, tied_to_nothing, tied_is_no_mapping,
+    huge_json, header_of_2_to_60, tensor_of_2_to_60, tensor_beyond_the_end,
     broken_tokenizer,
 ]  # fmt: skip
 

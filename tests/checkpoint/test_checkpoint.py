@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import hybridlab
 from hybridlab import checkpoint
@@ -38,8 +37,6 @@ def test_weights_config_and_trainer_come_back(tmp_path):
     assert checkpoint.load_config(folder) == {"model": {"l": [1, "a"], "x": None}}
     again = checkpoint.load_trainer(folder)
     assert again["rng"] == trainer["rng"] and torch.equal(again[3][1], trainer[3][1])
-    stored = load_file(folder / "model.safetensors")
-    assert "b" not in stored, "a tied tensor is stored once"
     assert (folder / "model.safetensors").stat().st_size < 3000, "only the bytes of a view are stored"
     assert (folder / "trainer.pt").stat().st_size < 5000, "only the bytes of a view are stored"
 

@@ -1,12 +1,13 @@
 """What a command line means: overrides, places, names and hashes, users' own classes, many runs at once."""
 
 import json
+import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from hybridlab.config import ConfigError, build, check, compose, fingerprint, main
@@ -21,9 +22,21 @@ class Mine(Attention):
 '''
 
 
-def meta(config):
-    with torch.device("meta"):
-        return build(config["model"], trusted=None)
+def with_files(tmp_path: Path, **files: str) -> Path:
+    """A copy of our configs with files of the user's own."""
+    folder = shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for name, text in files.items():
+        (folder / f"{name.replace('__', '/')}.yaml").write_text(text)
+    return folder
+
+
+def built(config):
+    return build(config["model"], trusted=None)
+
+
+@cache
+def tiny_name() -> str:
+    return compose([TINY])["name"]
 
 
 def test_a_default_that_stands_in_no_file_can_be_overridden():
@@ -34,21 +47,20 @@ def test_a_default_that_stands_in_no_file_can_be_overridden():
 
 
 def test_places_override_single_layers_from_a_file_and_from_the_command_line(tmp_path):
-    (tmp_path / "config").mkdir()
     places = "{1: {mixer: {window: 5, sinks: true}}}"
     text = f"# @package _global_\ndefaults: [hybrid_tiny, _self_]\nmodel: {{places: {places}}}\n"
-    (tmp_path / "config" / "placed.yaml").write_text(text)
+    configs = with_files(tmp_path, config__placed=text)
     line = [
         "+config=placed",
         "model.places.1.mixer.window=7",
         "model.places.3.mixer.window=9",
         "model.places.2.norm=post",
     ]
-    config = compose(line, config_dir=str(tmp_path))
+    config = compose(line, configs)
     assert config["model"]["places"] == {
         1: {"mixer": {"window": 7, "sinks": True}}, 3: {"mixer": {"window": 9}}, 2: {"norm": "post"}
     }  # fmt: skip
-    for model in (meta(config), meta(json.loads(json.dumps(config)))):  # a checkpoint's JSON has the place "1"
+    for model in (built(config), built(json.loads(json.dumps(config)))):  # a checkpoint's JSON has the place "1"
         layers = model.by_place()
         assert (layers[1].mixer.window, layers[3].mixer.window) == (7, 9)
         assert layers[1].mixer.sinks is not None and layers[3].mixer.sinks is None
@@ -57,7 +69,7 @@ def test_places_override_single_layers_from_a_file_and_from_the_command_line(tmp
 
 def test_a_place_may_hold_another_mixer():
     node = "{_target_: hybridlab.models.mixers.mamba.Mamba, _partial_: true}"
-    model = meta(compose([TINY, f"model.places={{1: {{mixer: {node}}}}}"]))
+    model = built(compose([TINY, f"model.places={{1: {{mixer: {node}}}}}"]))
     assert [row.mixer for row in model.table()] == ["Mamba2", "Mamba", "Mamba2", "Attention"]
 
 
@@ -70,12 +82,12 @@ def test_a_choice_within_the_model_can_be_changed():
     "override", ["optim.lr=0.5", "data.seq_len=32", "seed=1", "objective.z_loss=0.1", "model.tied=false"]
 )
 def test_what_decides_the_result_changes_the_name(override):
-    assert compose([TINY])["name"] != compose([TINY, override])["name"]
+    assert tiny_name() != compose([TINY, override])["name"]
 
 
-@pytest.mark.parametrize("override", ["trainer.max_minutes=1", "logger=csv", "cache=/elsewhere", "resume=never"])
-def test_limits_and_loggers_do_not(override):
-    assert compose([TINY])["name"] == compose([TINY, override])["name"]
+def test_limits_and_loggers_do_not():
+    limits = ["trainer.max_minutes=1", "logger=csv", "cache=/elsewhere", "resume=never"]
+    assert tiny_name() == compose([TINY, *limits])["name"]
 
 
 def test_the_fingerprint_survives_json_and_the_order_of_overrides():
@@ -96,27 +108,21 @@ def test_cfg_job_prints_what_will_run(capsys):
     assert printed["model"]["vocab_size"] == printed["data"]["vocab_size"]
 
 
-@pytest.mark.parametrize(("flag", "word"), [("--help", "transformer_small"), ("--info=defaults", "python_tiny")])
-def test_hydra_explains_itself(flag, word):
-    done = subprocess.run([sys.executable, "train.py", flag, TINY], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and word in done.stdout + done.stderr
+def test_help_names_the_configs(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(lambda *_: 1 / 0, argv=["--help"])
+    assert left.value.code == 0 and "transformer_small" in capsys.readouterr().out
 
 
-def test_a_users_own_module_beside_train_py_is_a_target(tmp_path):
-    """A copy of train.py elsewhere, a module and a config folder beside it, no registration."""
-    (tmp_path / "train.py").write_text(
-        f"import sys\nfrom hybridlab.config import main\nfrom pathlib import Path\n"
-        f"configs = Path({str(ROOT / 'configs')!r})\n"
-        "sys.exit(main(lambda c, p: print(p.model_factory().table()[1].mixer) or 0, configs))\n"
-    )
+def test_a_users_own_module_is_a_target(tmp_path, monkeypatch):
+    """A module on the path and a config file, no registration."""
+    configs = with_files(tmp_path, mixer__mine="_target_: mine.Mine\n_partial_: true\n")
     (tmp_path / "mine.py").write_text(MINE)
-    (tmp_path / "own" / "mixer").mkdir(parents=True)
-    (tmp_path / "own" / "mixer" / "mine.yaml").write_text("_target_: mine.Mine\n_partial_: true\n")
-    line = [TINY, "mixer@model.blocks.attn.mixer=mine", "--config-dir", str(tmp_path / "own")]
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "train.py"), *line], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout.strip() == "Mine", done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    line = [TINY, "mixer@model.blocks.attn.mixer=mine"]
+    assert main(lambda _, parts: found.append(parts.model_factory().table()[-1].mixer) or 0, configs, line) == 0
+    assert found == ["Mine"]
 
 
 JOBS = """
@@ -139,6 +145,7 @@ def multirun(tmp_path: Path, *line: str) -> tuple[int, list]:
     return done.returncode, [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.mark.long
 def test_multirun_gives_every_job_its_own_folder_and_logger(tmp_path):
     code, jobs = multirun(tmp_path, "seed=1", "logger=csv,none")
     assert code == 1, "the first exit code that is not 0"
@@ -153,9 +160,24 @@ def test_multirun_runs_every_combination_under_its_own_name(tmp_path):
     assert len({job[1] for job in jobs}) == 4 and all(job[2] == f"runs/{job[1]}" for job in jobs)
 
 
-def test_multirun_checks_every_job_before_the_first_starts(tmp_path):
-    code, jobs = multirun(tmp_path, "seed=2,3", "model.d_model=64,abc")
-    assert code == 2 and jobs == []
+def test_multirun_starts_every_job_under_its_own_name_and_returns_the_first_failure(monkeypatch, capsys):
+    started = []
+
+    class Process:
+        def __init__(self, command):
+            started.append(command[2:])
+
+        def wait(self):
+            return len(started) - 1
+
+    monkeypatch.setattr("subprocess.Popen", Process)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert main(lambda *_: 1 / 0, argv=[TINY, "--multirun", "seed=3,4", "logger=csv,none"]) == 1
+    jobs = [compose(line) for line in started]
+    assert [(job["seed"], job["logger"]["kind"]) for job in jobs] == [(3, "csv"), (3, "none"), (4, "csv"), (4, "none")]
+    assert len({job["name"] for job in jobs}) == len({job["run_dir"] for job in jobs}) == 4
+    started.clear()
+    assert main(lambda *_: 1 / 0, argv=[TINY, "--multirun", "seed=2,3", "model.d_model=64,abc"]) == 2 and not started
 
 
 class Picky:

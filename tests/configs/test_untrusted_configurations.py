@@ -88,7 +88,4 @@ def test_places_are_no_way_in(model):
 
 
 def test_an_honest_configuration_is_built(model):
-    import torch
-
-    with torch.device("meta"):
-        assert type(build(model)).__name__ == "HybridLM"
+    assert type(build(model)).__name__ == "HybridLM"

@@ -65,12 +65,6 @@ def test_bytes_are_their_own_ids():
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.encode(b"\x00a\xff")) == (257, 256, [0, 97, 255])
 
 
-def test_words_encoded_apart_equal_the_whole_text_encoded_at_once(bpe):
-    texts = ODD + [data.decode("utf-8", "ignore") for data in some_bytes(300)]
-    whole = [e.ids for e in bpe._core.encode_batch(texts, add_special_tokens=False)]
-    assert [ids.tolist() for ids in bpe.encode_batch(texts)] == whole
-
-
 def test_a_stream_says_what_decode_says_and_never_half_a_character(bpe):
     text = "é日🙂 x" * 3
     stream = bpe.stream()

@@ -14,7 +14,7 @@ import matplotlib.figure  # noqa: F401
 
 from hybridlab.config import main
 from hybridlab.training import loggers, module, parallel, report  # noqa: F401
-from hybridlab.training.callbacks import reporting, saving  # noqa: F401
+from hybridlab.training.callbacks import recording  # noqa: F401
 from hybridlab.training.run import fit
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -94,8 +94,8 @@ def texts(tmp_path):
 
 def source(texts, tokenizer="bytes", vocab_size=257):
     return {
-        "_target_": "hybridlab.data.text.TextFiles", "paths": [str(texts / "[012].txt")], "tokenizer": tokenizer,
-        "valid_paths": [str(texts / "3.txt")], "vocab_size": vocab_size, "seq_len": 16, "batch_size": 4,
+        "_target_": "hybridlab.data.text.TextFiles", "paths": [str(texts)], "tokenizer": tokenizer,
+        "valid_ratio": 0.15, "vocab_size": vocab_size, "seq_len": 16, "batch_size": 4,
     }  # fmt: skip
 
 
@@ -121,9 +121,9 @@ def call(capsys, tmp_path):
 def test_the_command_scores_the_runs_own_data_and_others(call, run, texts):
     code, own = call(f"run={run}")
     assert code == 0 and own["bytes"] == 210 and 7 < own["bits_per_byte"] < 11
-    code, longer = call(f"run={run}", "seq_len=64", "rows=2", "batch_size=1")
-    assert code == 0 and longer["rows"] == 2 and longer["tokens"] == 128
-    paths = [f"data.paths=[{texts}/0.txt,{texts}/1.txt]", f"data.valid_paths=[{texts}/2.txt]"]
+    code, fewer = call(f"run={run}", "rows=2", "batch_size=1")
+    assert code == 0 and fewer["rows"] == 2 and fewer["tokens"] == 32
+    paths = [f"data.paths=[{texts}/0.txt,{texts}/2.txt]", "data.valid_ratio=0.5"]
     code, other = call(f"run={run}", "data=text", *paths, "data.seq_len=32")
     assert code == 0 and other["bytes"] == 210 and other["data"] != own["data"]
 
@@ -137,7 +137,7 @@ def test_the_command_scores_the_runs_own_data_and_others(call, run, texts):
         (["data=text", "data.tokenizer=bpe"], "tokenized as the run was"),
         (["data=text", "data.pahts=[x]"], "paths"),
         (["rows=0"], "rows=0"),
-        (["seq_len=-1"], "seq_len=-1"),
+        (["batch_size=-1"], "batch_size=-1"),
         (["run=nowhere"], "nowhere"),
     ],
 )

@@ -24,7 +24,7 @@ def toy(monkeypatch):
         "picky": Version(lambda x: (x, "picky"), lambda x: f"x={x.item()} < 0" if x < 0 else None),
         "plain": Version(lambda x: (x, "plain")),
     }
-    return Op("toy", lambda x: (x, "reference"), versions, {}, lambda *a: {}, lambda c: 0, lambda c, d: 0)
+    return Op("toy", lambda x: (x, "reference"), versions, {}, lambda *a: {}, lambda c: 0)
 
 
 def test_auto_picks_the_first_version_that_accepts(toy):

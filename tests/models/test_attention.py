@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridlab.models.mixers import softmax
+from hybridlab.models.mixers import attention
 from hybridlab.models.mixers.attention import Attention
 from hybridlab.packing import Packing
 
@@ -82,15 +82,15 @@ def test_blocks_of_queries_change_nothing(name: str, monkeypatch: pytest.MonkeyP
     mixer, x = build(OPTIONS[name]), torch.randn(2, 23, 16, dtype=torch.float64)
     packing = Packing.from_lengths([23, 9, 1, 13])
     whole = mixer(x), mixer(x, packing)
-    monkeypatch.setattr(softmax, "BLOCK", 4)
+    monkeypatch.setattr(attention, "BLOCK", 4)
     torch.testing.assert_close((mixer(x), mixer(x, packing)), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_a_window_never_touches_keys_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     mixer, x, touched = build(OPTIONS["window"]), torch.randn(1, 64, 16, dtype=torch.float64), []
-    attend = softmax.attend
-    monkeypatch.setattr(softmax, "BLOCK", 8)
-    monkeypatch.setattr(softmax, "attend", lambda q, k, *rest: touched.append(k.shape[1]) or attend(q, k, *rest))
+    attend = attention.attend
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention, "attend", lambda q, k, *rest: touched.append(k.shape[1]) or attend(q, k, *rest))
     mixer(x)
     assert max(touched) == 8 + 5 - 1
 
@@ -132,9 +132,9 @@ def test_a_step_with_a_full_state_costs_what_flops_says(options: dict) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(n_heads=3), "3 does not divide 16"),
-        (dict(n_heads=4, n_kv_heads=3), "3 does not divide 4"),
-        (dict(n_heads=4, n_kv_heads=0), "0 does not divide 4"),
+        (dict(n_heads=3), "n_heads=3 does not divide d_model=16"),
+        (dict(n_heads=4, n_kv_heads=3), "n_kv_heads=3 does not divide n_heads=4"),
+        (dict(n_heads=4, n_kv_heads=0), "n_kv_heads=0 does not divide n_heads=4"),
         (dict(n_heads=4, window=0), "window=0"),
         (dict(n_heads=4, soft_cap=0.0), "soft_cap=0.0"),
         (dict(n_heads=4, rope_dims=3), "rope_dims=3"),

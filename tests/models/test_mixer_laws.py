@@ -53,8 +53,6 @@ TestMamba2 = laws(Mamba2, lambda n: n * (80 * 8 + 64 * (5 * 8 + 4)), head_dim=16
 TestMamba2Groups = laws(Mamba2, head_dim=8, d_state=4, n_groups=2, expand=1, d_conv=3)
 # 4 heads of 8 and a column for the sum of keys
 TestLinearAttention = laws(LinearAttention, lambda n: n * 4 * 4 * 8 * 9, n_heads=4)
-TestLinearAttentionRelu = laws(LinearAttention, n_heads=2, feature="relu")
-TestLinearAttentionIdentity = laws(LinearAttention, n_heads=2, feature="identity", normalise=False)
 TestRetention = laws(Retention, lambda n: n * (5 * 4 * 8 * 16 + 64), n_heads=4)
 TestRetentionSquare = laws(Retention, n_heads=2, value_ratio=1)
 # 4 heads of 8: convolution 2·4 of 96, state 7 per number, gate 1

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from hybridlab import checkpoint
+from hybridlab.tokenizer import DataError
+from hybridlab.training.callbacks import recording
 from hybridlab.training.run import fit
 from hybridlab.training.session import Stop
 
@@ -27,9 +29,8 @@ def weights(folder):
 
 def trainer_state(folder):
     state = checkpoint.load_trainer(checkpoint.find(folder))
-    states = [group["state"] for group in state["optimizer_states"]]
-    rng = {k: list(v) if isinstance(v, tuple) else v for k, v in state["callbacks"]["Saver"]["rng"].items()}
-    return [states, rng["torch"], str([rng["python"], rng["numpy"], state["module"]])]
+    rng, states = state["rng"], state["module"].pop("optimizer")["state"]
+    return [states, rng["torch"], str([rng["python"], rng["numpy"], state["module"], state["best"]])]
 
 
 def assert_same(a, b):
@@ -107,14 +108,25 @@ def test_another_configuration_never_and_changed_data_are_refused(tiny, capsys):
     assert fit(config, parts) == 2 and "data changed" in capsys.readouterr().err
 
 
-def test_a_folder_in_use_is_refused_naming_its_holder(tiny, capsys):
-    from hybridlab.training.session import Lock
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_data_are_refused_in_one_line(tiny, capsys, monkeypatch, workers):
+    def damaged(self, split, indices):
+        raise DataError("prepared data train.bin: is damaged")
 
-    with Lock(tiny.path / "run"):
-        assert fit(*tiny.run()) == 2
-    assert f"process {os.getpid()} on {socket.gethostname()}" in capsys.readouterr().err
-    (tiny.path / "run" / ".lock").write_text(f"{socket.gethostname()} 999999999")
-    assert fit(*tiny.run()) == 0
+    monkeypatch.setattr(type(tiny.corpus), "rows", damaged)
+    assert fit(*tiny.run(workers=workers)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line and "step/s" not in line]
+    assert said == ["prepared data train.bin: is damaged"]
+
+
+def test_a_folder_in_use_is_refused_naming_its_holder(tiny, capsys):
+    pid = in_a_fork(tiny.run(), lambda: setattr(recording, "tqdm", lambda **_: time.sleep(60)))
+    until(lambda: (tiny.path / "run" / "run.json").exists())
+    assert fit(*tiny.run()) == 2
+    assert f"in use by process {pid} on {socket.gethostname()}" in capsys.readouterr().err
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert fit(*tiny.run(max_tokens=64)) == 0
 
 
 def test_resume_from_a_path_continues_elsewhere(tiny):
@@ -224,24 +236,17 @@ def test_a_second_interrupt_during_the_save_exits_at_once_and_loses_nothing_befo
     [("validation", signal.SIGTERM, 143), ("before step 1", signal.SIGINT, 130), ("save", signal.SIGHUP, 129)],
 )
 def test_a_signal_at_an_awkward_moment_still_saves_the_step_at_hand(tiny, moment, number, code):
-    from hybridlab.training.callbacks import reporting, saving
-
-    places = {
-        "validation": (reporting, "validate"),
-        "before step 1": (reporting, "tqdm"),
-        "save": (saving, "rng_state"),
-    }
-    module, name = places[moment]
-    work = getattr(module, name)
+    name = {"validation": "validate", "before step 1": "tqdm", "save": "rng_state"}[moment]
+    work = getattr(recording, name)
 
     def interrupted(*rest, **named):
         os.kill(os.getpid(), number)
         return work(*rest, **named)
 
-    pid = in_a_fork(tiny.run(), lambda: setattr(module, name, interrupted))
+    pid = in_a_fork(tiny.run(), lambda: setattr(recording, name, interrupted))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
     saved = int(checkpoint.find(tiny.path / "run").name[5:])
-    assert saved == {"validation": 5, "before step 1": 0, "save": 0}[moment] == len(lines(tiny.path / "run"))
+    assert saved == {"validation": 5, "before step 1": 1, "save": 6}[moment] == len(lines(tiny.path / "run"))
     assert fit(*tiny.run()) == 0
     assert fit(*tiny.run(keys={"run_dir": str(tiny.path / "whole")})) == 0
     assert lines(tiny.path / "run") == lines(tiny.path / "whole")

@@ -5,7 +5,7 @@ from hybridlab.training.settings import LoggerSettings, TrainerSettings
 
 SCHEDULES = [
     WarmupStableDecay(warmup_ratio=0.1, decay_ratio=0.3),
-    WarmupStableDecay(warmup_ratio=0.1, decay_ratio=0.3, shape="sqrt", final=0.1),
+    WarmupStableDecay(warmup_ratio=0.1, decay_ratio=0.3, final=0.1),
     Cosine(warmup_ratio=0.1, final=0.1),
 ]
 
@@ -23,8 +23,6 @@ def test_warmup_stable_decay_has_three_phases():
     schedule = WarmupStableDecay(warmup_ratio=0.1, decay_ratio=0.2)
     assert [schedule.factor(step, 100) for step in (0, 9, 50, 80)] == pytest.approx([0.1, 1, 1, 1])
     assert schedule.factor(90, 100) == pytest.approx(0.5) and schedule.factor(99, 100) == pytest.approx(0.05)
-    rooted = WarmupStableDecay(warmup_ratio=0.1, decay_ratio=0.2, shape="sqrt")
-    assert rooted.factor(85, 100) == pytest.approx(0.5)  # 1 - sqrt(1/4)
 
 
 def test_cosine_ends_at_its_final_value():
@@ -36,7 +34,6 @@ def test_cosine_ends_at_its_final_value():
     ("make", "words"),
     [
         (lambda: WarmupStableDecay(warmup_ratio=0.8, decay_ratio=0.3), "warmup_ratio + decay_ratio=1.1"),
-        (lambda: WarmupStableDecay(shape="round"), "shape='round'"),
         (lambda: Cosine(final=2), "final=2"),
         (lambda: TrainerSettings(micro_batch_size=0), "micro_batch_size=0"),
         (lambda: TrainerSettings(precision="fp8"), "precision='fp8'"),
