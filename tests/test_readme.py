@@ -20,7 +20,7 @@ COVERED = {
     "pytest tests/benchmarks": "make check-long",
 }
 TINY = "optim.tokens=2048 data.seq_len=64 trainer.valid_rows=2 trainer.sample_tokens=4 logger=none "
-SMALL = "optim.tokens=16384 trainer.valid_rows=2 trainer.sample_tokens=4 "
+SMALL = "optim.tokens=8192 trainer.valid_rows=2 trainer.sample_tokens=4 "
 EMA = "'~model.blocks.ssm.mixer' '+model.blocks.ssm.mixer={_target_: my_mixer.Ema, _partial_: true}'"
 TRAIN_EMA = f"python train.py +config=hybrid_tiny {EMA}"
 

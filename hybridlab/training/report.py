@@ -15,7 +15,7 @@ from hybridlab.training.session import write
 
 def table(model, length: int) -> str:
     """One line per layer, then the totals, for rows of `length` tokens."""
-    rows = [("layer", "block", "mixer", "ffn", "parameters", "FLOPs/token", "state bytes")]
+    rows: list[tuple[str, ...]] = [("layer", "block", "mixer", "ffn", "parameters", "FLOPs/token", "state bytes")]
     for place, *names, params, flops, state in model.table(length):
         rows.append((str(place), *names, f"{params:,}", f"{flops:,.0f}", f"{state:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -73,7 +73,9 @@ def start(config: dict[str, Any], run_dir: Path) -> Path | None:
         raise Refused(f"resume=never, but {run_dir} holds a run; give another run_dir, or remove it, or resume=auto")
     if not any(run_dir.glob("checkpoints/step-*")):
         if resume in ("auto", "never"):
-            return _same_run(before, config, run_dir) if before else None
+            if before:
+                _same_run(before, config, run_dir)
+            return None
         where = Path(resume)
     folder = checkpoint.find(where, say=lambda line: print(line, file=sys.stderr))
     _same_run(checkpoint.load_config(folder), config, folder)

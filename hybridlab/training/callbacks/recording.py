@@ -24,6 +24,9 @@ from hybridlab.training.parallel import gather, rank_and_world, reduce
 from hybridlab.training.session import Stop, write
 
 
+TOKENS_AT_ONCE = 16_384  # of validation: bounds the memory that logits take, whatever the rows' length
+
+
 class Recorder(Callback):
     """After each step: its line in metrics.jsonl with any validation in it, then a checkpoint where one is due.
 
@@ -148,7 +151,8 @@ def validate(module: TrainingModule, corpus, rows: int | None, stop: Stop) -> di
     rank, world = rank_and_world()
     todo = range(min(rows or corpus.n_rows("valid"), corpus.n_rows("valid")))
     found: dict[str, float] = {}
-    chunk, sums = module.micro or 8, torch.zeros(4, dtype=torch.float64)
+    length = corpus.rows("valid", [0]).tokens.shape[1]
+    chunk, sums = max(1, TOKENS_AT_ONCE // length), torch.zeros(4, dtype=torch.float64)
     module.eval()
     for first in range(0, len(todo), chunk * world):
         if reduce(torch.tensor(float(stop.requested()), device=module.device)) > 0:
