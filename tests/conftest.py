@@ -1,6 +1,7 @@
 """No test reaches the network, and none of what a test starts does."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def connect(self, address):
 
 socket.socket.connect = socket.socket.connect_ex = connect
 '''
+
+
+# A shell that runs us in the background, or nohup, has signals ignored; the drills send them and expect them heard.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,10 +1,11 @@
 """Batches for the trainer: the step's number says which rows, so there is nothing else to resume."""
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from hybridlab.data.batch import Batch
 from hybridlab.data.order import order
@@ -36,8 +37,9 @@ class StepLoader(LightningDataModule):
         return self.corpus.rows("train", rows.tolist())
 
     def __iter__(self) -> Iterator[Batch]:
-        todo, alone = range(self.trainer.lightning_module.step, self.steps), torch.Generator()
-        return iter(DataLoader(self, None, sampler=todo, num_workers=self.workers, generator=alone))
+        done: Any = self.trainer.lightning_module.step  # type: ignore[union-attr]
+        todo, alone, rows = range(done, self.steps), torch.Generator(), cast(Dataset, self)
+        return iter(DataLoader(rows, None, sampler=todo, num_workers=self.workers, generator=alone))
 
 
 def part(batch: Batch, first: int, last: int, device: torch.device | str) -> Batch:

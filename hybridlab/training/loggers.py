@@ -2,6 +2,7 @@
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
@@ -26,7 +27,7 @@ def _wandb(project: str, run: SimpleNamespace) -> Logger:
     import wandb
 
     os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     named = {"project": project, "name": run.config["name"], "id": run.info["wandb_id"], "dir": run.folder}
     try:
         logger = WandbLogger(experiment=wandb.init(**named, mode=mode, resume="allow" if mode == "online" else None))

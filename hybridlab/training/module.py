@@ -75,7 +75,7 @@ class TrainingModule(LightningModule):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizers(use_pl_optimizer=False)
+        return self.optimizers(use_pl_optimizer=False)  # type: ignore[return-value]
 
     def _accumulate_within_memory(self, batch: Batch, scored: Tensor) -> dict[str, Tensor]:
         """Redo the step with smaller micro-batches when memory runs out: the same loss and gradient."""

@@ -99,8 +99,9 @@ class Optimizer(torch.optim.Optimizer):
         means, squares, steps = ([self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
         adamw(
-            params, [p.grad for p in params], means, squares, [], steps, fused=group["fused"], amsgrad=False,
-            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
+            params, [p.grad for p in params if p.grad is not None], means, squares, [], steps, fused=group["fused"],
+            amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=1e-8, maximize=False,
         )  # fmt: skip
 
     def _muon(self, params: list[Tensor], group: dict) -> None:
@@ -108,9 +109,10 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"momentum": _wide_zeros(p)}
-            m = self.state[p]["momentum"]
-            m.lerp_(p.grad.to(m.dtype), 1 - group["momentum"])
-            wide = _turned(p.grad.lerp(m, group["momentum"]), like=p)
+            m, grad = self.state[p]["momentum"], p.grad
+            assert grad is not None  # as `step` has seen
+            m.lerp_(grad.to(m.dtype), 1 - group["momentum"])
+            wide = _turned(grad.lerp(m, group["momentum"]), like=p)
             alike[wide.shape[-2:]].append((p, wide.reshape(-1, *wide.shape[-2:])))
         for (_, long), found in alike.items():
             updates = orthogonalise(torch.cat([u for _, u in found]).to(self.work_dtype))

@@ -5,6 +5,7 @@ import resource
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def table(model, length: int) -> str:
     for place, *names, params, flops, state in model.table(length):
         rows.append((str(place), *names, f"{params:,}", f"{flops:,.0f}", f"{state:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = [str.rjust, *[str.ljust] * 3, *[str.rjust] * 3]
+    sides: list[Any] = [str.rjust, *[str.ljust] * 3, *[str.rjust] * 3]
     lines = ["  ".join(side(*cell) for side, *cell in zip(sides, row, widths, strict=True)) for row in rows]
     total, active = model.n_params()
     return "\n".join(lines) + (

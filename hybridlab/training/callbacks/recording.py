@@ -8,7 +8,7 @@ import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from hybridlab.evaluation.score import figures, score
 from hybridlab.training.module import TrainingModule
 from hybridlab.training.parallel import gather, rank_and_world, reduce
 from hybridlab.training.session import Stop, write
-
 
 TOKENS_AT_ONCE = 16_384  # of validation: bounds the memory that logits take, whatever the rows' length
 
@@ -70,7 +69,8 @@ class Recorder(Callback):
         seconds = time.perf_counter() - self.clock
         rows = gather(batch.rows.to(module.device))
         length = batch.tokens.shape[1]
-        tokens, flops = len(rows) * length, 3 * module.model.flops(length) * len(rows) / seconds
+        tokens, model = len(rows) * length, cast(Any, module.model)
+        flops = 3 * model.flops(length) * len(rows) / seconds
         module.record = {
             "step": module.step, "tokens": module.step * tokens, **module.record,
             "rows": zlib.crc32(rows.cpu().numpy().tobytes()), **router_health(module.stats), "time/seconds": seconds,
