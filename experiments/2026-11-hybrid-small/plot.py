@@ -39,8 +39,11 @@ def main(runs: list[Path]) -> None:
             "tokens": steps[-1]["tokens"],
             "bits_per_byte": scored[-1]["valid_bits_per_byte"],
             "median_tokens_per_second": speeds[len(speeds) // 2],
-            "summary": json.loads((run / "run.json").read_text()).get("summary"),
-            "environment": json.loads((run / "run.json").read_text())["environment"],
+            "environment": {
+                key: value
+                for key, value in json.loads((run / "run.json").read_text())["environment"].items()
+                if key not in ("host", "git_changes")
+            },
         }
     left.set(xlabel="tokens", ylabel="training loss, nats per token (mean of 10 steps)")
     right.set(xlabel="tokens", ylabel="held-out bits per byte")
