@@ -31,9 +31,10 @@ def main(runs: list[Path]) -> None:
             sum(s["loss"] for s in steps[max(0, i - window) : i + 1]) / len(steps[max(0, i - window) : i + 1])
             for i in range(len(steps))
         ]
-        left.plot([s["tokens"] for s in steps], smooth, label=name)
+        left.plot([s["tokens"] / 1000 for s in steps], smooth, label=name)
         scored = [line for line in lines if "valid_bits_per_byte" in line]
-        right.plot([s["tokens"] for s in scored], [s["valid_bits_per_byte"] for s in scored], "o-", label=name)
+        bar = right.bar(name, scored[-1]["valid_bits_per_byte"], width=0.5)  # earlier ones are over a few rows only
+        right.bar_label(bar, fmt="%.3f")
         speeds = sorted(s["time/tokens_per_second"] for s in steps)
         results[name] = {
             "tokens": steps[-1]["tokens"],
@@ -45,11 +46,11 @@ def main(runs: list[Path]) -> None:
                 if key not in ("host", "git_changes")
             },
         }
-    left.set(xlabel="tokens", ylabel="training loss, nats per token (mean of 10 steps)")
-    right.set(xlabel="tokens", ylabel="held-out bits per byte")
+    left.set(xlabel="thousand tokens", ylabel="training loss, nats per token", title="mean of 10 steps")
+    right.set(ylabel="bits per byte", title="all held-out files, at the end", xlim=(-1, len(runs)), ylim=(0, 1.7))
     for name, value in [("xz -9e", 1.2257), ("gzip -9", 1.4870)]:
         right.axhline(value, color="grey", lw=0.8, ls="--")
-        right.annotate(name, (0, value), va="bottom", fontsize=8)
+        right.annotate(name, (-0.95, value), va="bottom", fontsize=8)
     left.legend()
     figure.tight_layout()
     figure.savefig(HERE / "curve.png", dpi=110)
