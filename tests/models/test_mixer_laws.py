@@ -85,6 +85,9 @@ class TestManyPackings:
         law = one()
         law.n_packings = 200
         law.test_a_change_in_one_document_changes_the_others_by_exactly_0(torch.float32)
+        law.test_packed_documents_equal_the_same_documents_alone(torch.float64)
+        # where retention's norm meets outputs near zero, fp32 gradients lose digits: 3.6e-4 at worst, 6e-17 in fp64
+        law.tolerance = {torch.float32: 1e-3}
         law.test_packed_documents_equal_the_same_documents_alone(torch.float32)
 
 
