@@ -44,7 +44,7 @@ def evaluate_run(args: Sequence[str]) -> None:
     tokenizers = [t and t.fingerprint for t in (tokenizer, corpus.tokenizer)]
     if tokenizers[0] != tokenizers[1] or corpus.vocab_size > model.vocab_size:
         raise ValueError("the run's tokens are not those of the data; with data=NAME text is tokenized anew")
-    found = evaluate(model, corpus, rows=options.get("rows"), batch_size=options.get("batch_size", 8))
+    found = evaluate(model, corpus, rows=options.get("rows"), batch_size=options.get("batch_size"))
     print(json.dumps({"run": str(folder), "data": corpus.fingerprint, **found}))
 
 

@@ -7,6 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TOKENS_AT_ONCE = 16_384  # bounds the memory that logits take, whatever the rows' length
+
+
+def rows_at_once(corpus: Any) -> int:
+    """How many held-out rows to score together."""
+    return max(1, TOKENS_AT_ONCE // corpus.rows("valid", [0]).tokens.shape[1])
+
 
 @torch.no_grad()
 def score(model: Any, batch: Any, token_bytes: Tensor | None = None) -> Tensor:
@@ -26,12 +33,15 @@ def score(model: Any, batch: Any, token_bytes: Tensor | None = None) -> Tensor:
     return torch.tensor([nats, len(scored), right, size], dtype=torch.float64)
 
 
-def evaluate(model: Any, corpus: Any, *, rows: int | None = None, batch_size: int = 8) -> dict[str, float]:
-    """Figures over the first `rows` held-out rows, all by default; leaves the model in evaluation mode."""
+def evaluate(model: Any, corpus: Any, *, rows: int | None = None, batch_size: int | None = None) -> dict[str, float]:
+    """Figures over the first `rows` held-out rows, all by default; leaves the model in evaluation mode.
+
+    batch_size  rows scored together; None: as many as `rows_at_once` allows
+    """
     n = min(rows or corpus.n_rows("valid"), corpus.n_rows("valid"))
     if n < 1:
         raise ValueError("the data have no held-out rows")
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums, batch_size = torch.zeros(4, dtype=torch.float64), batch_size or rows_at_once(corpus)
     model.eval()
     for first in range(0, n, batch_size):
         batch = corpus.rows("valid", list(range(first, min(first + batch_size, n))))

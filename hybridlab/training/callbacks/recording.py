@@ -18,12 +18,10 @@ from tqdm import tqdm
 
 from hybridlab import checkpoint
 from hybridlab.data.batch import Batch
-from hybridlab.evaluation.score import figures, score
+from hybridlab.evaluation.score import figures, rows_at_once, score
 from hybridlab.training.module import TrainingModule
 from hybridlab.training.parallel import gather, rank_and_world, reduce
 from hybridlab.training.session import Stop, write
-
-TOKENS_AT_ONCE = 16_384  # of validation: bounds the memory that logits take, whatever the rows' length
 
 
 class Recorder(Callback):
@@ -151,8 +149,7 @@ def validate(module: TrainingModule, corpus, rows: int | None, stop: Stop) -> di
     rank, world = rank_and_world()
     todo = range(min(rows or corpus.n_rows("valid"), corpus.n_rows("valid")))
     found: dict[str, float] = {}
-    length = corpus.rows("valid", [0]).tokens.shape[1]
-    chunk, sums = max(1, TOKENS_AT_ONCE // length), torch.zeros(4, dtype=torch.float64)
+    chunk, sums = rows_at_once(corpus), torch.zeros(4, dtype=torch.float64)
     module.eval()
     for first in range(0, len(todo), chunk * world):
         if reduce(torch.tensor(float(stop.requested()), device=module.device)) > 0:
