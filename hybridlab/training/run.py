@@ -116,7 +116,7 @@ def _train(run: SimpleNamespace) -> int:
         print(module.failure, file=sys.stderr)
     elif run.first and config["dry_run"]:
         print(f"dry run: one step taken, loss {module.record['loss']:.4f}; nothing is kept")
-    elif run.first and module.step >= run.end:
+    elif run.first and module.step >= run.end and "valid_loss" in module.record:  # else stopped in the last validation
         finish(run, module)
     elif run.first:
         print(f"stopped after step {module.step} of {run.end}; the same command continues")

@@ -233,20 +233,30 @@ def test_a_second_interrupt_during_the_save_exits_at_once_and_loses_nothing_befo
 
 @pytest.mark.parametrize(
     ("moment", "number", "code"),
-    [("validation", signal.SIGTERM, 143), ("before step 1", signal.SIGINT, 130), ("save", signal.SIGHUP, 129)],
+    [
+        ("validation", signal.SIGTERM, 143),
+        ("last validation", signal.SIGTERM, 143),
+        ("before step 1", signal.SIGINT, 130),
+        ("save", signal.SIGHUP, 129),
+    ],
 )
 def test_a_signal_at_an_awkward_moment_still_saves_the_step_at_hand(tiny, moment, number, code):
-    name = {"validation": "validate", "before step 1": "tqdm", "save": "rng_state"}[moment]
+    name = {"before step 1": "tqdm", "save": "rng_state"}.get(moment, "validate")
     work = getattr(recording, name)
 
     def interrupted(*rest, **named):
-        os.kill(os.getpid(), number)
+        if moment != "last validation" or rest[0].step == 20:
+            os.kill(os.getpid(), number)
         return work(*rest, **named)
 
     pid = in_a_fork(tiny.run(), lambda: setattr(recording, name, interrupted))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
     saved = int(checkpoint.find(tiny.path / "run").name[5:])
-    assert saved == {"validation": 5, "before step 1": 1, "save": 6}[moment] == len(lines(tiny.path / "run"))
+    assert (
+        saved
+        == {"validation": 5, "last validation": 20, "before step 1": 1, "save": 6}[moment]
+        == len(lines(tiny.path / "run"))
+    )
     assert fit(*tiny.run()) == 0
     assert fit(*tiny.run(keys={"run_dir": str(tiny.path / "whole")})) == 0
     assert lines(tiny.path / "run") == lines(tiny.path / "whole")

@@ -55,10 +55,9 @@ class Recorder(Callback):
             mininterval=0.5 if sys.stderr.isatty() else 20, disable=not trainer.is_global_zero,
         )  # fmt: skip
         kept = cut_back(self.path, module.step, rewrite=trainer.is_global_zero)
-        last = kept[-1] if kept else {"step": module.step}
-        if module.step and self._due(module.step) and "valid_loss" not in last:
+        module.record = kept[-1] if kept else {"step": module.step}
+        if module.step and self._due(module.step) and "valid_loss" not in module.record:
             # the run was stopped while it validated: do it now, as if it had not been
-            module.record = last
             cut_back(self.path, module.step - 1, rewrite=trainer.is_global_zero)
             self._close_step(trainer, module)
         self.clock = time.perf_counter()
