@@ -1,5 +1,6 @@
 """What a kernel is: one definition in plain torch, and any number of faster versions that must agree with it."""
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -29,12 +30,16 @@ class Version:
 
     run             same signature as the definition
     refuses         same signature -> why this call cannot be served here (values included), or None
+    device          "cuda" for Triton kernels: elsewhere they are never picked, and run by name in Triton's interpreter
+    flops           case -> forward FLOPs that its matmuls execute, where that differs from the definition's
     row_invariant   rows of the result are bitwise independent of how many other rows there are
     ordered         needs programs in order, or atomics: GPU-only and never picked by `auto`
     """
 
     run: Callable[..., Outputs]
     refuses: Callable[..., str | None] = accepts_all
+    device: str | None = None
+    flops: Callable[[Case], int] | None = None
     row_invariant: bool = False
     ordered: bool = False
 
@@ -45,7 +50,7 @@ class Op:
 
     check   same signature -> None; raises ValueError on arguments that no version may serve
     draw    (case, Draw) -> arguments by name; floating tensors are differentiable inputs
-    flops   case -> forward FLOPs of the mathematics, 2 per multiply-add
+    formula case -> forward FLOPs of the mathematics, 2 per multiply-add
     """
 
     name: str
@@ -53,7 +58,7 @@ class Op:
     versions: Mapping[str, Version]
     cases: Mapping[str, Case]  # by name: tiny, irregular, long, real
     draw: Callable[[Case, Draw], dict[str, Any]]
-    flops: Callable[[Case], int]
+    formula: Callable[[Case], int]
     check: Callable[..., Any] = accepts_all
 
     def __call__(self, *args: Any, version: str = "auto", **kwargs: Any) -> Outputs:
@@ -68,8 +73,7 @@ class Op:
             version = self._pick(args, kwargs)
         elif why := self.unavailable(version, *args, **kwargs):
             raise ValueError(f"{self.name}: version={version!r} refuses this call: {why}")
-        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(_device(args, kwargs), enabled=False):
             return self.get(version)(*args, **kwargs)
 
     def get(self, version: str) -> Callable[..., Outputs]:
@@ -78,11 +82,18 @@ class Op:
 
     def unavailable(self, version: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `version` cannot serve this call, or None."""
-        return self._version(version).refuses(*args, **kwargs)
+        found, where = self._version(version), _device(args, kwargs)
+        if found.device not in (None, where) and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"tensors are on {where}; it needs {found.device}, or TRITON_INTERPRET=1"
+        return found.refuses(*args, **kwargs)
 
     def make(self, case: Case, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator) -> dict:
         """Random arguments by name."""
         return self.draw(case, Draw(device, dtype, generator))
+
+    def flops(self, case: Case, version: str = "reference") -> int:
+        """Forward FLOPs: of the mathematics, or what the matmuls of a version execute."""
+        return (self._version(version).flops or self.formula)(case)
 
     def bytes(self, case: Case, dtype: torch.dtype) -> int:
         """What one fused forward pass must read and write: the arguments and outputs of a run on a CPU."""
@@ -97,9 +108,9 @@ class Op:
 
     def _pick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """The first version that accepts the call, else the definition; says so once."""
-        unordered = [name for name, version in self.versions.items() if not version.ordered]
-        refusals = []
-        for name in (*unordered, "reference"):
+        where, refusals = _device(args, kwargs), []
+        here = [name for name, v in self.versions.items() if not v.ordered and v.device in (None, where)]
+        for name in (*here, "reference"):
             if (why := self.unavailable(name, *args, **kwargs)) is None:
                 break
             refusals.append(f"{name} refused: {why}")
@@ -107,6 +118,19 @@ class Op:
             _said.add((self.name, name))
             _log.info("%s runs as %r (%s)", self.name, name, "; ".join(refusals) or "first choice")
         return name
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+
+
+def lazy(module: str, name: str) -> Callable[..., Any]:
+    """A function whose module, which needs triton or a compiler, is imported when it is first called."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
 
 
 def _forced() -> dict[str, str]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hybridlab.kernels import op as module
+from hybridlab.kernels import triton_launch
 from hybridlab.kernels.delta_rule import delta_rule
 from hybridlab.kernels.linear_recurrence import linear_recurrence
-from hybridlab.kernels.op import Op, Version
+from hybridlab.kernels.op import Op, Version, lazy
 from hybridlab.kernels.ops import OPS
 from hybridlab.kernels.selective_scan import selective_scan
 
@@ -37,6 +38,39 @@ def test_argument_and_environment_force_a_version(toy, monkeypatch):
     monkeypatch.setenv(module.VARIABLE, "other=x,toy=reference")
     assert toy(torch.tensor(1.0))[1] == "reference"
     assert toy(torch.tensor(1.0), version="plain")[1] == "plain"
+
+
+def test_a_version_for_another_device_is_never_picked_and_runs_by_name_in_the_interpreter_only(monkeypatch):
+    versions = {"triton": Version(lambda x: (x, "triton"), device="cuda", flops=lambda case: 7)}
+    op = Op("toy", lambda x: (x, "reference"), versions, {}, lambda *a: {}, lambda c: 3)
+    assert op(torch.tensor(1.0))[1] == "reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert op(torch.tensor(1.0))[1] == "reference" and op(torch.tensor(1.0), version="triton")[1] == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="tensors are on cpu; it needs cuda, or TRITON_INTERPRET=1"):
+        op(torch.tensor(1.0), version="triton")
+    assert op.flops({}) == 3 and op.flops({}, "triton") == 7
+
+
+def test_a_lazy_function_is_imported_when_it_is_called():
+    assert lazy("math", "hypot")(3, 4) == 5
+    missing = lazy("hybridlab.kernels.no_such_module", "f")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        missing()
+
+
+def test_launch_settings_come_from_the_table_of_the_gpu_and_may_be_forced(monkeypatch):
+    table = {"H200": {"walk": {"key=64,value=64": {"num_warps": 8}}}}
+    monkeypatch.setattr(triton_launch, "_table", lambda op: table)
+    default = {"num_warps": 4, "num_stages": 2}
+    assert triton_launch.settings("toy", "walk", default, key=64, value=64) == default
+    monkeypatch.setattr(triton_launch, "_gpu", lambda: "H200")
+    assert triton_launch.settings("toy", "walk", default, key=64, value=64) == {"num_warps": 8, "num_stages": 2}
+    assert triton_launch.settings("toy", "walk", default, key=64, value=128) == default
+    with triton_launch.using("walk", num_stages=1):
+        assert triton_launch.settings("toy", "walk", default, key=64, value=64) == {"num_warps": 8, "num_stages": 1}
+        assert triton_launch.settings("toy", "other", default, key=64, value=64) == default
+    assert triton_launch.settings("toy", "walk", default, key=1, value=1) == default
 
 
 def test_unknown_and_refusing_versions_raise(toy, monkeypatch):
