@@ -14,6 +14,13 @@ def initial(state: Tensor | None, like: Tensor, offsets: Tensor | None, *shape: 
     return like.new_zeros(rows, *shape, dtype=wide) if state is None else state.to(wide)
 
 
+def one_token(x: Tensor, offsets: Tensor | None) -> str | None:
+    """Why x [batch, time, ...] is not one token per row of state, or None."""
+    if offsets is not None:
+        return f"{len(offsets) - 1} documents in one row; it serves one token per row"
+    return None if x.shape[1] == 1 else f"time={x.shape[1]}; it serves one token per row"
+
+
 def recur(
     step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, offsets: Tensor | None, *tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -56,11 +63,11 @@ class Chunks:
     """
 
     def __init__(self, time: int, offsets: Tensor | None, size: int):
-        self.time, self.offsets, self.size, self.n = time, offsets, size, -(-time // size)
+        self.time, self.offsets, self.size = time, offsets, size
+        self.n = how_many(time, offsets, size)
         if offsets is None:
             return
         offsets, docs, device = offsets.long(), len(offsets) - 1, offsets.device
-        self.n = (time + docs * (size - 1)) // size
         used = (offsets.diff() + size - 1) // size
         ends = used.cumsum(0)
         chunk, token = torch.arange(self.n, device=device), torch.arange(time, device=device)
@@ -119,3 +126,15 @@ def pick(time: int, offsets: Tensor | None, most: int) -> int:
     """A chunk size up to `most`: the power of two that holds a document of average length."""
     mean = time if offsets is None else -(-time // (len(offsets) - 1))
     return max(1, min(most, 1 << (mean - 1).bit_length() if mean else 1))
+
+
+def how_many(time: int, offsets: Tensor | None, size: int) -> int:
+    """Chunks of `size` tokens that suffice for a row of `time` tokens, wherever its documents begin."""
+    return -(-time // size) if offsets is None else (time + (len(offsets) - 1) * (size - 1)) // size
+
+
+def of_case(case: dict, most: int) -> tuple[int, int]:
+    """Chunks in all rows of an op's case, and tokens per chunk, where `pick` chooses up to `most`."""
+    offsets = None if case["docs"] is None else torch.empty(len(case["docs"]) + 1)
+    size = pick(case["time"], offsets, most)
+    return case["batch"] * how_many(case["time"], offsets, size), size

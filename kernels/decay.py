@@ -71,3 +71,8 @@ def decayed_products(log_decay: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, T
         until = torch.cat([until_even + since_odd[..., -1:, :], until_odd], -2)
         since = torch.cat([since_even, since_odd + since_even[..., -1:, :]], -2)
     return m.squeeze(-3), since.squeeze(-3).exp(), until.squeeze(-3).exp()
+
+
+def decayed_products_flops(chunk: int, key: int) -> int:
+    """What its matmuls execute: each of log2(chunk) levels multiplies chunk / 2 rows with half as wide a block."""
+    return chunk * (chunk - 1) * key

@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ Outputs = tuple[Tensor, ...]
 
 _log = logging.getLogger("hybridlab.kernels")
 _said: set[tuple[str, str]] = set()
+_loaded: dict[tuple[str, str], Callable[..., Any]] = {}  # by `lazy`
 VARIABLE = "HYBRIDLAB_KERNELS"  # e.g. "selective_scan=reference,delta_rule=chunked"
 
 
@@ -30,7 +32,8 @@ class Version:
 
     run             same signature as the definition
     refuses         same signature -> why this call cannot be served here (values included), or None
-    device          "cuda" for Triton kernels: elsewhere they are never picked, and run by name in Triton's interpreter
+    device          where it runs, if not everywhere. Of "cuda", Triton kernels, a CPU runs those that are asked for by
+                    name, in Triton's interpreter
     flops           case -> forward FLOPs that its matmuls execute, where that differs from the definition's
     row_invariant   rows of the result are bitwise independent of how many other rows there are
     ordered         needs programs in order, or atomics: GPU-only and never picked by `auto`
@@ -73,7 +76,7 @@ class Op:
             version = self._pick(args, kwargs)
         elif why := self.unavailable(version, *args, **kwargs):
             raise ValueError(f"{self.name}: version={version!r} refuses this call: {why}")
-        with torch.autocast(_device(args, kwargs), enabled=False):
+        with outside_autocast(_device(args, kwargs)):
             return self.get(version)(*args, **kwargs)
 
     def get(self, version: str) -> Callable[..., Outputs]:
@@ -83,8 +86,10 @@ class Op:
     def unavailable(self, version: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `version` cannot serve this call, or None."""
         found, where = self._version(version), _device(args, kwargs)
-        if found.device not in (None, where) and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"tensors are on {where}; it needs {found.device}, or TRITON_INTERPRET=1"
+        interpreted = found.device == "cuda" and where == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        if found.device not in (None, where) and not interpreted:
+            hint = ", or TRITON_INTERPRET=1" if found.device == "cuda" else ""
+            return f"tensors are on {where}; it needs {found.device}{hint}"
         return found.refuses(*args, **kwargs)
 
     def make(self, case: Case, device: torch.device | str, dtype: torch.dtype, generator: torch.Generator) -> dict:
@@ -101,10 +106,11 @@ class Op:
         return sum(x.nbytes for x in (*args.values(), *self(**args)) if isinstance(x, Tensor))
 
     def _version(self, name: str) -> Version:
-        versions = {"reference": Version(self.reference), **self.versions}
-        if name not in versions:
-            raise ValueError(f"{self.name} has no version {name!r}; it has {[*versions]}")
-        return versions[name]
+        if name == "reference":
+            return Version(self.reference)
+        if name not in self.versions:
+            raise ValueError(f"{self.name} has no version {name!r}; it has {['reference', *self.versions]}")
+        return self.versions[name]
 
     def _pick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """The first version that accepts the call, else the definition; says so once."""
@@ -120,6 +126,11 @@ class Op:
         return name
 
 
+def outside_autocast(device: str) -> AbstractContextManager:
+    """Where autocast does not reach; costs nothing where there is none, as entering its context does."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
 
@@ -128,9 +139,20 @@ def lazy(module: str, name: str) -> Callable[..., Any]:
     """A function whose module, which needs triton or a compiler, is imported when it is first called."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+        if (module, name) not in _loaded:
+            _load(module, name)
+        return _loaded[module, name](*args, **kwargs)
 
     return call
+
+
+def _load(module: str, name: str) -> bool:
+    _loaded[module, name] = getattr(importlib.import_module(module), name)
+    return True
+
+
+# what torch.compiler.assume_constant_result sets, without importing the compiler: it runs `_load`, not traces the import
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _forced() -> dict[str, str]:

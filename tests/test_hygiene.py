@@ -1,5 +1,6 @@
 """What importing us does to others, and what nobody may do: reach the network."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -23,6 +24,19 @@ def test_a_package_called_kernels_is_not_hidden_from_the_root(tmp_path):
     (tmp_path / "kernels" / "__init__.py").write_text("class CUDAProperties: pass\n")
     code = "import sys; sys.path.insert(0, ''); import hybridlab.kernels.ops; from kernels import CUDAProperties"
     run(code, ROOT, tmp_path)
+
+
+@pytest.mark.long
+def test_transformers_peft_and_trl_import_from_the_root_beside_the_real_package():
+    """With Hugging Face's `kernels` installed; reported as skipped where one of the four is not."""
+    needed = ("transformers", "peft", "trl", "kernels")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"not installed: {missing}")
+    code = (
+        "import sys; sys.path.insert(0, ''); import hybridlab.kernels.ops, transformers.modeling_utils, peft, trl;"
+        "import kernels; print(kernels.__file__, kernels.get_kernel)"
+    )
+    assert "site-packages" in run(code, ROOT)
 
 
 def test_importing_us_loads_nothing_heavy(tmp_path):

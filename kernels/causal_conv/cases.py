@@ -8,6 +8,7 @@ SIZES = dict(batch=2, width=4, docs=None, state=True, bias=True, silu=True)
 CASES: dict[str, Case] = {
     "tiny": SIZES | dict(time=5, d_model=8),
     "short": SIZES | dict(time=2, d_model=3, width=6, bias=False, silu=False),
+    "single": SIZES | dict(time=1, d_model=13),
     "irregular": SIZES | dict(time=63, d_model=13, width=3, state=False),
     "packed": SIZES | dict(batch=1, time=63, d_model=13, docs=(20, 0, 1, 42, 0)),
     "long": SIZES | dict(batch=1, time=1000, d_model=64),
@@ -34,3 +35,8 @@ def check(x: Tensor, weight: Tensor, bias=None, state=None, offsets=None, *, sil
 
 def flops(case: Case) -> int:
     return 2 * case["width"] * case["batch"] * case["time"] * case["d_model"]
+
+
+def no_matmul(case: Case) -> int:
+    """In plain torch each tap is a product element by element: a matmul executes none of it."""
+    return 0

@@ -5,7 +5,7 @@ from hybridlab.kernels.draw import Draw
 from hybridlab.kernels.linear_recurrence import cases as linear
 from hybridlab.kernels.op import Case
 
-TIMES = ("tiny", "irregular", "packed", "channels", "resets", "long")
+TIMES = ("tiny", "single", "single channels", "single undecayed", "irregular", "packed", "channels", "resets", "long")
 CASES: dict[str, Case] = {name: linear.CASES[name] for name in TIMES} | {
     "ungated": linear.CASES["undecayed"],
     "real": linear.CASES["real"] | dict(groups=8),

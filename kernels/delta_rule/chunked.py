@@ -2,8 +2,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from hybridlab.kernels.chunks import Chunks, initial, pick
-from hybridlab.kernels.decay import decayed_products, decays, per_token
+from hybridlab.kernels.chunks import Chunks, initial, of_case, pick
+from hybridlab.kernels.decay import decayed_products, decayed_products_flops, decays, per_token
+from hybridlab.kernels.op import Case
+
+CHUNK = 16  # tokens, at most
 
 
 def delta_rule_chunked(
@@ -13,7 +16,7 @@ def delta_rule_chunked(
     wide = torch.promote_types(v.dtype, torch.float32)
     (time, heads), groups = v.shape[1:3], q.shape[2]
     state = initial(state, v, offsets, heads, q.shape[3], v.shape[3])
-    cut = Chunks(time, offsets, chunk or pick(time, offsets, 16))
+    cut = Chunks(time, offsets, chunk or pick(time, offsets, CHUNK))
     parts = (cut.split(x.to(wide)) for x in (q, k, v, beta[..., None], per_token(log_decay, v)))
     q, k, values, beta, g = (rearrange(x, "b n c h k -> b n h c k") for x in parts)
     if g.shape[-1] == 1:
@@ -40,3 +43,13 @@ def delta_rule_chunked(
     entering, u = (torch.stack(x, 1) for x in zip(*outs, strict=True))
     y = (q * since) @ entering + read @ u
     return cut.join(rearrange(y, "b n h c v -> b n c h v")).to(v.dtype), state
+
+
+def flops(case: Case) -> int:
+    """What the matmuls execute, padding included; the triangular system, another c² (key + value), is none."""
+    (chunks, c), heads, key, value = of_case(case, CHUNK), case["heads"], case["key"], case["value"]
+    if case["decay"] == "channel":
+        scores = 2 * heads * decayed_products_flops(c, key)
+    else:
+        scores = 4 * case["groups"] * c * c * key
+    return chunks * (scores + 2 * heads * c * c * value + 6 * heads * c * key * value)

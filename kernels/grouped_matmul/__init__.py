@@ -5,5 +5,8 @@ from hybridlab.kernels.grouped_matmul.plain import grouped_matmul_by_expert, gro
 from hybridlab.kernels.grouped_matmul.reference import grouped_matmul_reference
 from hybridlab.kernels.op import Op, Version
 
-VERSIONS = {"torch": Version(grouped_matmul_torch, refuses), "by_expert": Version(grouped_matmul_by_expert)}
+VERSIONS = {
+    "torch": Version(grouped_matmul_torch, refuses),
+    "by_expert": Version(grouped_matmul_by_expert, flops=flops),
+}
 grouped_matmul = Op("grouped_matmul", grouped_matmul_reference, VERSIONS, CASES, make, flops, check)

@@ -8,8 +8,11 @@ from hybridlab.kernels.op import Case
 SIZES = dict(batch=4, heads=8, groups=2, key=8, value=16, decay="time", docs=None, state=True)
 CASES: dict[str, Case] = {
     "tiny": SIZES | dict(time=5),
+    "single": SIZES | dict(time=1, heads=9, groups=3, key=5, value=7),
     "irregular": SIZES | dict(time=83, heads=9, groups=3, key=5, value=7),
     "packed": SIZES | dict(batch=1, time=83, docs=(20, 0, 1, 62, 0)),
+    "single channels": SIZES | dict(time=1, decay="channel"),
+    "single undecayed": SIZES | dict(time=1, decay=None, state=False),
     "constant": SIZES | dict(time=70, decay="head"),
     "undecayed": SIZES | dict(time=70, groups=1, decay=None, state=False),
     "channels": SIZES | dict(batch=1, time=83, decay="channel", docs=(0, 33, 50)),

@@ -2,8 +2,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from hybridlab.kernels.chunks import Chunks, initial, pick
-from hybridlab.kernels.decay import decayed_products, decays, per_token
+from hybridlab.kernels.chunks import Chunks, initial, of_case, pick
+from hybridlab.kernels.decay import decayed_products, decayed_products_flops, decays, per_token
+from hybridlab.kernels.op import Case
+
+CHUNK = 32  # tokens, at most
 
 
 def linear_recurrence_chunked(
@@ -15,7 +18,7 @@ def linear_recurrence_chunked(
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     state = initial(state, v, offsets, v.shape[2], q.shape[3], v.shape[3])
-    cut = Chunks(v.shape[1], offsets, chunk or pick(v.shape[1], offsets, 32))
+    cut = Chunks(v.shape[1], offsets, chunk or pick(v.shape[1], offsets, CHUNK))
     parts = [cut.split(x.to(wide)) for x in (q, k, v, per_token(log_decay, v))]
     y, state = (_per_head if parts[3].shape[-1] == 1 else _per_channel)(cut, parts, state)
     return cut.join(y).to(v.dtype), state
@@ -57,3 +60,13 @@ def _carry(cut: Chunks, local: Tensor, whole: Tensor, state: Tensor) -> tuple[Te
     adds, keeps = local.unbind(1), whole.unbind(1)
     entering, state = cut.scan(lambda n, s: (s, torch.addcmul(adds[n], keeps[n], s)), state)
     return torch.stack(entering, 1) if entering else local, state
+
+
+def flops(case: Case) -> int:
+    """What the matmuls execute, padding included: scores (once per group), near values, and states made and read."""
+    (chunks, c), heads, key, value = of_case(case, CHUNK), case["heads"], case["key"], case["value"]
+    if case["decay"] == "channel":
+        scores = heads * decayed_products_flops(c, key)
+    else:
+        scores = 2 * case["groups"] * c * c * key
+    return chunks * (scores + 2 * heads * c * c * value + 4 * heads * c * key * value)

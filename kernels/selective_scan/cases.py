@@ -7,6 +7,7 @@ from hybridlab.kernels.op import Case
 SIZES = dict(batch=2, n=4, docs=None, state=True, rest=True)  # rest: skip, gate, bias and softplus
 CASES: dict[str, Case] = {
     "tiny": SIZES | dict(time=5, d_model=24),
+    "single": SIZES | dict(time=1, d_model=24),
     "irregular": SIZES | dict(time=83, d_model=24, n=3, rest=False, state=False),
     "packed": SIZES | dict(batch=1, time=83, d_model=24, docs=(20, 0, 1, 62, 0)),
     "long": SIZES | dict(batch=1, time=1000, d_model=16),
@@ -40,6 +41,13 @@ def check(x, delta, A, B, C, D=None, state=None, offsets=None, *, z=None, delta_
     must.within("A", A, -torch.inf, 0)
     if not softplus:
         must.within("delta", delta if delta_bias is None else delta + delta_bias, 0, torch.inf)
+
+
+def refuses_triton(x, delta, A, B, C, D=None, state=None, offsets=None, *, z=None, delta_bias=None, softplus=False):
+    """It computes in float32, and loops over blocks of states."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x is {x.dtype}; it computes in float32, and takes float32, bfloat16 or float16"
+    return f"{A.shape[1]} states per channel; it takes at most 256" if A.shape[1] > 256 else None
 
 
 def flops(case: Case) -> int:

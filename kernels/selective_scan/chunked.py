@@ -3,7 +3,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from hybridlab.kernels.chunks import Chunks, initial, pick
+from hybridlab.kernels.chunks import Chunks, initial, of_case, pick
+from hybridlab.kernels.op import Case
+
+CHUNK = 16  # tokens, at most
 
 
 def selective_scan_chunked(
@@ -15,7 +18,7 @@ def selective_scan_chunked(
     state = initial(state, x, offsets, *A.shape)
     step = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias.to(wide)
     step = F.softplus(step) if softplus else step
-    cut = Chunks(x.shape[1], offsets, chunk or pick(x.shape[1], offsets, 16))
+    cut = Chunks(x.shape[1], offsets, chunk or pick(x.shape[1], offsets, CHUNK))
     wide_x, rates = x.to(wide), rearrange(A.to(wide), "d n -> n d").contiguous()
     parts = [
         rearrange(cut.split(t), "b n c d -> n c b d").unbind(0) for t in (step, step * wide_x, B.to(wide), C.to(wide))
@@ -25,6 +28,12 @@ def selective_scan_chunked(
     y = cut.join(rearrange(torch.stack(ys), "n c b d -> b n c d")) if ys else torch.zeros_like(wide_x)
     y = y if D is None else y + D.to(wide) * wide_x
     return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype), rearrange(state, "b n d -> b d n")
+
+
+def flops(case: Case) -> int:
+    """What the matmuls execute, padding included: h·C. The recurrence itself is element by element."""
+    chunks, c = of_case(case, CHUNK)
+    return 2 * chunks * c * case["d_model"] * case["n"]
 
 
 class _Chunk(torch.autograd.Function):

@@ -19,8 +19,8 @@ BLOCK = 256  # queries at a time; on a CPU as fast as larger blocks at 512 to 2,
 class AttentionState(NamedTuple):
     """A ring: the token at position p lies in slot p % kept, where kept = min(max_len, window)."""
 
-    k: Tensor  # [batch, kept, kv_heads, head_dim], rotated
-    v: Tensor  # [batch, kept, kv_heads, head_dim]
+    k: Tensor  # [batch, kv_heads, kept, head_dim], rotated
+    v: Tensor  # [batch, kv_heads, kept, head_dim]
     length: Tensor  # int64 [batch], tokens seen
 
 
@@ -67,10 +67,13 @@ class Attention(TokenMixer):
 
     def _project(self, x: Tensor, where: Tensor) -> list[Tensor]:
         """x [batch, time, d_model], positions [batch or 1, time] -> q, k, v, gate [batch, time, heads, head_dim]."""
-        *qk, v, gate = rearrange(self.inputs(x), "b t (h d) -> b t h d", d=self.head_dim).split(self.heads, 2)
+        n_q, n_k, *others = self.heads
+        qk, v, gate = rearrange(self.inputs(x), "b t (h d) -> b t h d", d=self.head_dim).split([n_q + n_k, *others], 2)
         if self.norms is not None:
-            qk = [norm(part) for norm, part in zip(self.norms, qk, strict=True)]
-        return [*(rotate(part, where, dims=self.rope_dims, theta=self.rope_theta) for part in qk), v, gate]
+            parts = zip(self.norms, qk.split([n_q, n_k], 2), strict=True)
+            qk = torch.cat([norm(part) for norm, part in parts], 2)
+        q, k = rotate(qk, where, dims=self.rope_dims, theta=self.rope_theta).split([n_q, n_k], 2)
+        return [q, k, v, gate]
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         y = y * torch.sigmoid(gate) if self.output_gate else y
@@ -85,7 +88,7 @@ class Attention(TokenMixer):
         return self._output(attend_in_blocks(q, k, v, where, reach, self.sinks, self.soft_cap), gate)
 
     def init_state(self, batch: int, max_len: int, device: Device = None, dtype: Dtype = None) -> AttentionState:
-        shape = (batch, min(max_len, self.window or max_len), self.n_kv_heads, self.head_dim)
+        shape = (batch, self.n_kv_heads, min(max_len, self.window or max_len), self.head_dim)
         k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
         return AttentionState(k, v, torch.zeros(batch, device=device, dtype=torch.int64))
 
@@ -93,7 +96,12 @@ class Attention(TokenMixer):
         where = state.length[:, None]
         q, k, v, gate = self._project(rearrange(x, "b d -> b 1 d"), where)
         state = self._remember(state, k, v)
-        y = self._attend(q, state.k.to(q.dtype), state.v.to(q.dtype), where, _slots(state))
+        least, most = (int(length) for length in state.length.aminmax())
+        k, v = _kept(state, min(most, state.k.shape[2]), q.dtype)
+        if least == most:  # then every slot in use is visible to every row
+            y = attend(q, k, v, None, self.sinks, self.soft_cap)
+        else:
+            y = self._attend(q, k, v, where, _slots(state)[:, : k.shape[1]])
         return rearrange(self._output(y, gate), "b 1 d -> b d"), state
 
     def prefill(self, x: Tensor, state: State, packing: Packing | None = None) -> tuple[Tensor, State]:
@@ -103,8 +111,8 @@ class Attention(TokenMixer):
             return x, state
         where = positions(x, state.length)
         q, k, v, gate = self._project(x, where)
-        used = min(int(state.length.max()), state.k.shape[1])  # slots
-        keys, values = (torch.cat([old[:, :used].to(new.dtype), new], 1) for old, new in ((state.k, k), (state.v, v)))
+        used = min(int(state.length.max()), state.k.shape[2])  # slots
+        keys, values = (torch.cat(pair, 1) for pair in zip(_kept(state, used, q.dtype), (k, v), strict=True))
         y = self._attend(q, keys, values, where, torch.cat([_slots(state)[:, :used], where], 1))
         return self._output(y, gate), self._remember(state, k, v)
 
@@ -117,12 +125,12 @@ class Attention(TokenMixer):
 
     def _remember(self, state: AttentionState, k: Tensor, v: Tensor) -> AttentionState:
         """Write k and v [batch, time, kv_heads, head_dim] into the ring, in place."""
-        kept, time = state.k.shape[1], k.shape[1]
+        kept, time = state.k.shape[2], k.shape[1]
         if kept != self.window and (longest := int(state.length.max()) + time) > kept:
             raise ValueError(f"the state was made for max_len={kept} tokens, and this call makes them {longest}")
         last = torch.arange(max(0, time - kept), time, device=k.device)  # earlier ones would be overwritten at once
         rows, slots = torch.arange(len(k), device=k.device)[:, None], (state.length[:, None] + last) % kept
-        state.k[rows, slots], state.v[rows, slots] = k[:, last].to(state.k.dtype), v[:, last].to(state.v.dtype)
+        state.k[rows, :, slots], state.v[rows, :, slots] = k[:, last].to(state.k.dtype), v[:, last].to(state.v.dtype)
         return state._replace(length=state.length + time)
 
     def flops(self, length: int) -> int:
@@ -136,28 +144,43 @@ class Attention(TokenMixer):
 def _slots(state: AttentionState) -> Tensor:
     """int64 [batch, kept]: the position of the token in each slot of the ring, negative where there is none yet."""
     newest = state.length[:, None] - 1
-    return newest - (newest - torch.arange(state.k.shape[1], device=newest.device)) % state.k.shape[1]
+    return newest - (newest - torch.arange(state.k.shape[2], device=newest.device)) % state.k.shape[2]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None, soft_cap: float | None) -> Tensor:
+def _kept(state: AttentionState, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """k and v of the first slots, [batch, slots, kv_heads, head_dim], without a copy where the dtype is right."""
+    k, v = (rearrange(x[:, :, :slots], "b h t d -> b t h d").to(dtype) for x in (state.k, state.v))
+    return k, v
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sinks: Tensor | None, soft_cap: float | None
+) -> Tensor:
     """softmax(q · k / sqrt(head_dim)) v over visible keys.
 
     q         [batch, queries, heads, head_dim]
     k, v      [batch, keys, kv_heads, head_dim]; head i reads kv head i // (heads / kv_heads)
-    visible   bool [batch or 1, queries, keys]; at least one key per query
+    visible   bool [batch or 1, queries, keys]; at least one key per query; None where all are
     sinks     [heads], a further score per head that carries no value
     soft_cap  scores s become soft_cap · tanh(s / soft_cap)
     """
     if sinks is None and soft_cap is None:
-        q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, visible[:, None], enable_gqa=q.shape[1] != k.shape[1])
+        mask = None if visible is None else visible[:, None]
+        k, v = (rearrange(x, "b t h d -> b h t d") for x in (k, v))
+        if q.shape[1] == 1:  # the heads of a group are rows of one product: keys and values are read once for all
+            y = F.scaled_dot_product_attention(rearrange(q, "b 1 (g r) d -> b g r d", g=k.shape[1]), k, v, mask)
+            return rearrange(y, "b g r d -> b 1 (g r) d")
+        y = F.scaled_dot_product_attention(
+            rearrange(q, "b t h d -> b h t d"), k, v, mask, enable_gqa=q.shape[2] != k.shape[1]
+        )
         return rearrange(y, "b h t d -> b t h d")
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, dtype = *(x.to(wide(q.dtype)) for x in (q, k, v)), q.dtype
         q = rearrange(q, "b q (g r) d -> b g r q d", g=k.shape[2])
         scores = einsum(q, k, "b g r q d, b k g d -> b g r q k") * q.shape[-1] ** -0.5
         scores = scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)
-        scores = scores.masked_fill(~rearrange(visible, "b q k -> b 1 1 q k"), -torch.inf)
+        if visible is not None:
+            scores = scores.masked_fill(~rearrange(visible, "b q k -> b 1 1 q k"), -torch.inf)
         if sinks is not None:
             sink = rearrange(sinks.to(scores.dtype), "(g r) -> 1 g r 1 1", g=k.shape[2])
             scores = torch.cat([scores, sink.expand(*scores.shape[:4], 1)], -1)

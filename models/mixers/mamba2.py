@@ -1,15 +1,19 @@
 """Mamba-2: a state space with one scalar decay per head (Dao & Gu 2024, "Transformers are SSMs")."""
 
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from hybridlab.kernels.linear_recurrence import linear_recurrence
+from hybridlab.kernels.linear_recurrence.step import advance
 from hybridlab.models.mixer import wide
 from hybridlab.models.mixers.recurrent import ConvState, RecurrentMixer, Zeros, divide, fill_dt_bias
 from hybridlab.models.parts.conv import ShortConv
 from hybridlab.packing import Packing
+
+Norm = Literal["after_gate", "before_gate", "none"]
 
 
 class Mamba2(RecurrentMixer):
@@ -17,19 +21,30 @@ class Mamba2(RecurrentMixer):
 
     S_t = exp(Δ_t A) S_{t-1} + B_t (Δ_t x_t)ᵀ,  y_t = S_tᵀ C_t + D x_t  (sections 6 and 7.1).
     One projection makes gate, x, B, C and Δ; x, B and C pass a short convolution; the gated output is normalised.
+    The options are those in which published hybrids differ.
 
-    expand     channels per d_model; they are cut into heads of head_dim
     n_groups   heads share B and C within a group; the output is normalised within a group
+    expand     channels per d_model, cut into heads of head_dim; 2 where neither it nor n_heads is given
+    n_heads    heads, in place of expand, where they do not make up a multiple of d_model (Falcon-H1, Nemotron Nano)
+    norm       of the output after the gate, before it, or none (both Falcon-H1)
+    dt_min     Δ does not fall below it (Zamba2 and Nemotron-H, in transformers)
 
     The memory is [batch, heads, d_state, head_dim].
     """
 
     def __init__(
-        self, d_model: int, *, head_dim: int = 64, d_state: int = 128, n_groups: int = 1,
-        expand: int = 2, d_conv: int = 4,
+        self, d_model: int, *, head_dim: int = 64, d_state: int = 128, n_groups: int = 1, expand: int | None = None,
+        n_heads: int | None = None, d_conv: int = 4, norm: Norm = "after_gate", dt_min: float = 0.0,
     ):  # fmt: skip
         super().__init__()
-        self.d_model, self.channels = d_model, expand * d_model
+        if expand is not None and n_heads is not None:
+            raise ValueError(f"expand={expand} and n_heads={n_heads} both give the channels; give one of them")
+        if norm not in get_args(Norm):
+            raise ValueError(f"norm={norm!r} is not one of {get_args(Norm)}")
+        if dt_min < 0 or (n_heads is not None and n_heads < 1):
+            raise ValueError(f"dt_min={dt_min} must be at least 0, and n_heads={n_heads} at least 1, or None")
+        self.d_model, self.norm_order, self.dt_min = d_model, norm, dt_min
+        self.channels = (2 if expand is None else expand) * d_model if n_heads is None else n_heads * head_dim
         self.head_dim, self.d_state, self.n_groups = head_dim, d_state, n_groups
         self.n_heads = divide(self.channels, head_dim, "expand · d_model", "head_dim")
         divide(self.n_heads, n_groups, "heads", "n_groups")
@@ -40,7 +55,7 @@ class Mamba2(RecurrentMixer):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = nn.Parameter(torch.empty(self.channels))
+        self.norm = None if norm == "none" else nn.Parameter(torch.empty(self.channels))
         self.out = nn.Linear(self.channels, d_model, bias=False)
         self.reset_parameters()
 
@@ -50,27 +65,42 @@ class Mamba2(RecurrentMixer):
         fill_dt_bias(self.dt_bias)
         nn.init.uniform_(self.A_log, 1, 16).log_()
         nn.init.ones_(self.D)
-        nn.init.ones_(self.norm)
+        if self.norm is not None:
+            nn.init.ones_(self.norm)
 
     def scan(self, x: Tensor, state: ConvState | None, packing: Packing | None) -> tuple[Tensor, ConvState]:
         conv, ssm = state or (None, None)
         gate, xbc, dt = self.inputs(x).split(self.widths, -1)
         xbc, conv = self.conv(xbc, conv, packing)
-        x, B, C = xbc.split([self.channels, self.bc, self.bc], -1)
-        x = rearrange(x, "b t (h p) -> b t h p", h=self.n_heads)
-        B, C = (rearrange(m, "b t (g n) -> b t g n", g=self.n_groups) for m in (B, C))
-        dt = F.softplus(dt.to(wide(dt.dtype)) + self.dt_bias)  # [b, t, h]
-        v = (x * dt[..., None]).to(x.dtype)
-        y, ssm = linear_recurrence(C, B, v, -dt * self.A_log.exp(), ssm, packing and packing.offsets)
-        y = y + x * self.D[:, None]
-        y = self._gated_norm(rearrange(y, "b t h p -> b t (h p)"), gate)
-        return self.out(y), ConvState(conv, ssm)
+        x, C, B, v, log_decay = self._read(xbc, dt)
+        y, ssm = linear_recurrence(C, B, v, log_decay, ssm, packing and packing.offsets)
+        return self._write(y, x, gate), ConvState(conv, ssm)
 
-    def _gated_norm(self, y: Tensor, gate: Tensor) -> Tensor:
-        """rms-normalise y · silu(gate) within each group; both [batch, time, channels]."""
-        y = rearrange((y * F.silu(gate)).to(wide(y.dtype)), "b t (g d) -> b t g d", g=self.n_groups)
-        y = rearrange(F.rms_norm(y, y.shape[-1:], eps=1e-5), "b t g d -> b t (g d)")
-        return (y * self.norm).to(gate.dtype)
+    def step(self, x: Tensor, state: ConvState) -> tuple[Tensor, ConvState]:
+        gate, xbc, dt = self.inputs(x).split(self.widths, -1)
+        xbc, conv = self.conv.step(xbc, state.conv)
+        x, C, B, v, log_decay = self._read(xbc, dt)
+        y, ssm = advance(C, B, v, log_decay, state.memory)
+        return self._write(y, x, gate), ConvState(conv, ssm)
+
+    def _read(self, xbc: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+        """x by heads, and what the recurrence takes: C, B, Δ x, Δ A; axes before the last as in xbc and dt."""
+        x, B, C = xbc.split([self.channels, self.bc, self.bc], -1)
+        x = x.unflatten(-1, (self.n_heads, self.head_dim))  # [..., h, p]
+        B, C = (m.unflatten(-1, (self.n_groups, self.d_state)) for m in (B, C))  # [..., g, n]
+        dt = F.softplus(dt.to(wide(dt.dtype)) + self.dt_bias)  # [..., h]
+        dt = dt.clamp(min=self.dt_min) if self.dt_min else dt
+        return x, C, B, (x * dt[..., None]).to(x.dtype), -dt * self.A_log.exp()
+
+    def _write(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        """y and x [..., heads, head_dim], gate [..., channels] -> [..., d_model]."""
+        y = (y + x * self.D[:, None]).flatten(-2)
+        y, gate = y.to(wide(y.dtype)), F.silu(gate)
+        if self.norm is not None:  # within each group, in the order asked for
+            y = y * gate if self.norm_order == "after_gate" else y
+            grouped = y.unflatten(-1, (self.n_groups, -1))
+            y = F.rms_norm(grouped, grouped.shape[-1:], eps=1e-5).flatten(-2) * self.norm
+        return self.out((y if self.norm_order == "after_gate" else y * gate).to(gate.dtype))
 
     def empty(self, zeros: Zeros) -> ConvState:
         return ConvState(zeros(self.conv.width - 1, self.conv.dim), zeros(self.n_heads, self.d_state, self.head_dim))

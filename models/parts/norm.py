@@ -22,3 +22,10 @@ class RMSNorm(Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         return F.rms_norm(x.to(wide), (self.dim,), self.weight.to(wide), self.eps).to(x.dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the last axis, in the dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # the small number keeps the gradient of an all-zero vector finite
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

@@ -21,9 +21,14 @@ def rotate(x: Tensor, positions: Tensor, *, dims: int | None = None, theta: floa
     if dims == 0:
         return x
     exponents = torch.arange(0, dims, 2, device=x.device, dtype=wide(x.dtype)) / dims
-    angles = rearrange(positions, "b t -> b t 1 1") * theta**-exponents
+    return turn(x, rearrange(positions, "b t -> b t 1 1") * theta**-exponents)
+
+
+def turn(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn channels i and i + n of x [batch, time, heads, dim], a pair, by angles [batch, time, heads or 1, n]."""
+    n = angles.shape[-1]
     cos, sin = angles.cos(), angles.sin()
-    first, second, rest = x.split([dims // 2, dims // 2, x.shape[-1] - dims], -1)
+    first, second, rest = x.split([n, n, x.shape[-1] - 2 * n], -1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat([*(part.to(x.dtype) for part in turned), rest], -1)
 

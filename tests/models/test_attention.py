@@ -97,7 +97,7 @@ def test_a_window_never_touches_keys_out_of_reach(monkeypatch: pytest.MonkeyPatc
 
 def test_the_state_of_a_window_is_a_ring() -> None:
     mixer = build(dict(n_heads=2, window=5))
-    assert mixer.init_state(3, 100).k.shape == (3, 5, 2, 8) and mixer.init_state(3, 4).k.shape == (3, 4, 2, 8)
+    assert mixer.init_state(3, 100).k.shape == (3, 2, 5, 8) and mixer.init_state(3, 4).k.shape == (3, 2, 4, 8)
     x = torch.randn(2, 40, 16, dtype=torch.float64)
     state, ys = mixer.init_state(2, 40, dtype=torch.float64), []
     with torch.no_grad():

@@ -17,6 +17,7 @@ import torch
 from hybridlab import checkpoint
 
 DRIVER = Path(__file__).resolve().parents[1] / "drills" / "driver.py"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHORT = ["+config=hybrid_tiny", "trainer.save_every=6", "trainer.valid_every=10", "trainer.valid_rows=2", "logger=none"]
 SHORT += ["data.valid_seq_len=512", "trainer.sample_tokens=4"]
 SHORT += ["trainer.precision=fp32", "trainer.accelerator=cpu", "optim.tokens=16384", "data.seq_len=64"]
@@ -56,11 +57,15 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(runs):
-    """The uninterrupted run: its folder, and its duration in seconds."""
-    assert runs("prepare", "dry_run=true") == 0, runs.log.read_text()[-3000:]
+    return uninterrupted(runs, "whole")
+
+
+def uninterrupted(runs, name, *overrides):
+    """A run that nothing disturbs: its folder, and its duration in seconds."""
+    assert runs("prepare", "dry_run=true", *overrides) == 0, runs.log.read_text()[-3000:]
     began = time.monotonic()
-    assert runs("whole") == 0, runs.log.read_text()[-3000:]
-    return runs.folder / "whole", time.monotonic() - began
+    assert runs(name, *overrides) == 0, runs.log.read_text()[-3000:]
+    return runs.folder / name, time.monotonic() - began
 
 
 def lines(folder):
@@ -123,6 +128,29 @@ def test_three_kills_at_random_moments_leave_no_trace(runs, whole):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_twenty_kills_at_random_moments_leave_no_trace(runs, whole, workers):
     kill_and_resume(runs, whole, f"killed{workers}", 20, f"trainer.workers={workers}", seed=1 + workers)
+
+
+def two_layers(mixer, *overrides):
+    """`hybrid_tiny` of two layers: a mixer as its shipped file makes it, then attention."""
+    block = "model.blocks.ssm.mixer"
+    return [f"mixer@{block}={mixer}", f"~{block}.head_dim", f"~{block}.d_state", "model.n_layers=2", *overrides]
+
+
+MIXERS = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
+EXPERTS = ["ffn@model.blocks.ssm.ffn=moe", "model.blocks.ssm.ffn.d_hidden=32"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_three_kills_leave_no_trace_on_each_mixer(runs, mixer):
+    overrides = two_layers(mixer)
+    kill_and_resume(runs, uninterrupted(runs, f"whole_{mixer}", *overrides), f"killed_{mixer}", 3, *overrides, seed=7)
+
+
+@pytest.mark.long
+def test_twenty_kills_leave_no_trace_on_mamba_attention_and_experts(runs):
+    overrides = two_layers("mamba", *EXPERTS)
+    kill_and_resume(runs, uninterrupted(runs, "whole_moe", *overrides), "killed_moe", 20, *overrides, seed=8)
 
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
