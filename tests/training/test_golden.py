@@ -1,6 +1,10 @@
-"""The first losses of the debug configurations, as recorded in golden.json; run as a script, this file records anew."""
+"""The first losses of the debug configurations, as recorded in golden.json; run as a script, this file records anew.
+
+Without compiled kernels, whose last bits also depend on the system's compiler.
+"""
 
 import json
+import os
 import platform
 import signal
 import sys
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from hybridlab.config import main
+from hybridlab.kernels.native import VARIABLE
 from hybridlab.training.run import fit
 
 CONFIGS, GOLDEN = Path(__file__).resolve().parents[2] / "configs", Path(__file__).with_name("golden.json")
@@ -34,7 +39,9 @@ def machine() -> dict[str, object]:
 
 
 def first_losses(name: str, folder: Path) -> list[float]:
-    """Of a run in `folder`, on one thread."""
+    """Of a run in `folder`, on one thread, all of it in plain torch."""
+    native = os.environ.pop(VARIABLE, None)
+    os.environ[VARIABLE] = "0"
     threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (1, 2, 15)}
     torch.set_num_threads(1)
     try:
@@ -46,6 +53,8 @@ def first_losses(name: str, folder: Path) -> list[float]:
         ]
         assert main(fit, CONFIGS, [f"+config={name}", *limits]) == 0
     finally:
+        os.environ.pop(VARIABLE)
+        os.environ |= {VARIABLE: native} if native is not None else {}
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
