@@ -11,6 +11,7 @@ import torch
 
 Settings = dict[str, Any]  # num_warps, num_stages, and the constexpr block sizes of one kernel
 _forced: dict[str, Settings] = {}
+asked: dict[str, str] = {}  # kernel -> the sizes it was last launched for; the tuner reads it
 
 
 def settings(op: str, kernel: str, default: Settings, **sizes: int) -> Settings:
@@ -19,6 +20,7 @@ def settings(op: str, kernel: str, default: Settings, **sizes: int) -> Settings:
     A table reads {gpu name: {kernel: {"key=64,value=64": {"num_warps": 8}}}}; sizes stand in the order given here.
     """
     shape = ",".join(f"{name}={size}" for name, size in sizes.items())
+    asked[kernel] = shape
     pinned = _table(op).get(_gpu(), {}).get(kernel, {}).get(shape, {})
     return default | pinned | _forced.get(kernel, {})
 

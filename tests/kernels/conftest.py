@@ -1,9 +1,34 @@
 """How every kernel test runs an op: on leaves, with given upstream gradients, to values and gradients by name."""
 
+import inspect
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+
+def hasten_interpreter():
+    """Triton's interpreter searches all of `triton.language` for what it replaces, at every call: search once."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    found = {}
+
+    def patch_builtin(package, builder, scope):
+        if package not in found:
+            found[package] = [pair for pair in inspect.getmembers(package) if tl.core.is_builtin(pair[1])]
+        if found[package] and not tl.core.is_builtin(getattr(package, found[package][0][0])):
+            return  # it is replaced already
+        for name, member in found[package]:
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+    if [*inspect.signature(interpreter._patch_builtin).parameters] == ["pkg", "builder", "scope"]:
+        interpreter._patch_builtin = patch_builtin
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    hasten_interpreter()
 
 
 def cast(args, dtype):
@@ -39,7 +64,8 @@ def draw_upstream(op, args, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         outs = op.reference(**args)
-    return [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype).double() for o in outs]
+    drawn = [torch.randn(o.shape, dtype=torch.float64, generator=generator) for o in outs]
+    return [w.to(o.device, o.dtype).double() for w, o in zip(drawn, outs, strict=True)]
 
 
 def error(got, truth):
@@ -47,8 +73,8 @@ def error(got, truth):
     return ((got - truth).norm() / truth.norm().clamp(min=1e-30)).item() if truth.numel() else 0.0
 
 
-def make(op, case, dtype=torch.float64, seed=0):
-    return op.make(case, "cpu", dtype, torch.Generator().manual_seed(seed))
+def make(op, case, dtype=torch.float64, seed=0, device="cpu"):
+    return op.make(case, device, dtype, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="session")

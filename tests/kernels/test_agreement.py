@@ -5,8 +5,16 @@ import torch
 
 from hybridlab.kernels.ops import OPS
 
+QUICK = ("tiny", "single", "packed")  # in Triton's interpreter
 RUNS = [
-    pytest.param(op, version, case, dtype, id=f"{op.name}-{version}-{case}-{str(dtype)[6:]}")
+    pytest.param(
+        op,
+        version,
+        case,
+        dtype,
+        id=f"{op.name}-{version}-{case}-{str(dtype)[6:]}",
+        marks=pytest.mark.long if version == "triton" and case not in QUICK else (),
+    )  # fmt: skip
     for op in OPS
     for version in op.versions
     for case in op.cases

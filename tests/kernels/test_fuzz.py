@@ -54,7 +54,8 @@ def test_versions_agree_on_random_cases(lab, op, seed):
         upstream = [torch.ones((), dtype=torch.float64).expand(w.shape) for w in upstream]
     truth = lab.evaluate(op.reference, lab.cast(args, torch.float64), upstream)
     for version in op.versions:
-        if op.unavailable(version, **args):
+        slow = version == "triton" and not torch.cuda.is_available()  # it is interpreted
+        if op.unavailable(version, **args) or (slow and seed < SHORT and seed % 6):
             continue
         got = lab.evaluate(op.get(version), args, upstream, strange=not stride_0)
         for name in truth:
