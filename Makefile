@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Tests are many small tensors: one thread per process, one process per core.
 QUIET  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test check check-long lint bench clean
+.PHONY: train test check check-long lint bench oracles clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ check-long: check
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest tests/benchmarks --sizes=real
+
+# Published code, run once more; the tests compare with the numbers it leaves. Needs the network.
+oracles: $(VENV)/installed
+	$(QUIET) $(BIN)/python tests/oracles/make.py
 
 clean:
 	rm -rf $(VENV)

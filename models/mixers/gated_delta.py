@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from hybridlab.kernels.delta_rule import delta_rule
 from hybridlab.models.mixer import wide
 from hybridlab.models.mixers.recurrent import ConvState, RecurrentMixer, Zeros, divide, fill_dt_bias
-from hybridlab.models.parts.conv import ShortConv
-from hybridlab.models.parts.norm import RMSNorm
+from hybridlab.models.parts.conv import short_conv
+from hybridlab.models.parts.norm import RMSNorm, unit
 from hybridlab.packing import Packing
 
 
@@ -21,6 +21,7 @@ class GatedDelta(RecurrentMixer):
 
     n_heads, n_value_heads   heads of q and k; of v, a multiple of it that shares them in groups (None: as many)
     key_dim, value_dim       channels per head; None means d_model / n_heads, and key_dim
+    d_conv                   tokens that the convolution sees; None leaves it out and keeps its SiLU
     negative_eigenvalues     β up to 2 instead of 1, so that a state can change sign (Grazzi et al. 2024)
 
     The memory is [batch, value heads, key_dim, value_dim].
@@ -28,7 +29,7 @@ class GatedDelta(RecurrentMixer):
 
     def __init__(
         self, d_model: int, *, n_heads: int, n_value_heads: int | None = None, key_dim: int | None = None,
-        value_dim: int | None = None, d_conv: int = 4, negative_eigenvalues: bool = False,
+        value_dim: int | None = None, d_conv: int | None = 4, negative_eigenvalues: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.d_model, self.n_heads, self.negative_eigenvalues = d_model, n_heads, negative_eigenvalues
@@ -40,7 +41,7 @@ class GatedDelta(RecurrentMixer):
         # q, k and v; gate; β; α
         self.widths = [2 * self.keys + self.values, self.values, self.n_value_heads, self.n_value_heads]
         self.inputs = nn.Linear(d_model, sum(self.widths), bias=False)
-        self.conv = ShortConv(2 * self.keys + self.values, width=d_conv)
+        self.conv = short_conv(2 * self.keys + self.values, d_conv)
         self.dt_bias = nn.Parameter(torch.empty(self.n_value_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_value_heads))
         self.norm = RMSNorm(self.value_dim)
@@ -61,9 +62,7 @@ class GatedDelta(RecurrentMixer):
         q, k = (rearrange(part, "b t (g k) -> b t g k", g=self.n_heads) for part in (q, k))
         v, gate = (rearrange(part, "b t (h v) -> b t h v", h=self.n_value_heads) for part in (v, gate))
         acc = wide(dt.dtype)
-        # the small number keeps the gradient of an all-zero key finite
-        q, k = (p * torch.rsqrt(p.to(acc).square().sum(-1, keepdim=True) + 1e-6) for p in (q, k))
-        q = q * self.key_dim**-0.5
+        q, k = unit(q) * self.key_dim**-0.5, unit(k)
         beta = torch.sigmoid(beta.to(acc)) * (2 if self.negative_eigenvalues else 1)
         log_decay = -self.A_log.exp() * F.softplus(dt.to(acc) + self.dt_bias)
         y, kv = delta_rule(q, k, v, beta, log_decay, kv, packing and packing.offsets)

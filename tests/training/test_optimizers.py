@@ -1,26 +1,26 @@
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from hybridlab.training.optimizers import AdamW, Muon, orthogonalise, partition
 
+MIXERS = Path(__file__).resolve().parents[2] / "configs" / "mixer"
+
 
 def real_models():
+    """A model with a block of every mixer that has a configuration."""
+    from hybridlab.config import build
     from hybridlab.models.block import Block
     from hybridlab.models.ffn.moe import MoE
     from hybridlab.models.lm import HybridLM
-    from hybridlab.models.mixers import mamba, recurrent
 
-    kinds = [
-        c for m in (mamba, recurrent) for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__
-    ]
-    mixers = [c for c in kinds if hasattr(c, "flops") and not getattr(c, "__abstractmethods__", None)]
-    blocks = {
-        f"b{i}": partial(Block, mixer=c, ffn=partial(MoE, n_experts=3, top_k=1, d_hidden=8, d_shared=8))
-        for i, c in enumerate(mixers)
-    }
+    mixers = {path.stem: build(yaml.safe_load(path.read_text())) for path in sorted(MIXERS.glob("*.yaml"))}
+    ffn = partial(MoE, n_experts=3, top_k=1, d_hidden=8, d_shared=8)
+    blocks = {name: partial(Block, mixer=mixer, ffn=ffn) for name, mixer in mixers.items()}
     return HybridLM(vocab_size=11, d_model=64, pattern=list(blocks), blocks=blocks, tied=False)
 
 
