@@ -139,7 +139,12 @@ def code_lines(path: Path) -> int:
     return sum(1 for i, line in lines if line and not line.startswith("#") and i not in prose)
 
 
-def test_code_stays_small():
-    total = sum(code_lines(path) for path in sources())
-    # the aim is 4,000; two passes of simplification brought 4,902 to 4,350, and what is left is asked for
-    assert total < 4400, f"models, kernels and hybridlab hold {total} lines of code"
+# Room -> lines of code it may hold. The first whole system (six mixers, plain kernels) held 4,350 of an aim of 4,000;
+# since then came nine mixers, and kernels in Triton and C++ behind the Python counted here.
+CAPS = {"hybridlab": 2_650, "models": 1_750, "kernels": 4_000}
+
+
+@pytest.mark.parametrize("room", CAPS)
+def test_code_stays_small(room):
+    total = sum(code_lines(path) for path in sources() if path.relative_to(ROOT).parts[0] == room)
+    assert total < CAPS[room], f"{room} holds {total} lines of code"
