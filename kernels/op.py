@@ -151,7 +151,7 @@ def _load(module: str, name: str) -> bool:
     return True
 
 
-# what torch.compiler.assume_constant_result sets, without importing the compiler: it runs `_load`, not traces the import
+# what torch.compiler.assume_constant_result sets, without importing the compiler, which then runs `_load` as it is
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -42,7 +42,7 @@ def scans(kind: str, shapes: list) -> None:
             return [y, *peers.gradients([y], args, upstream)]
 
         worst = max(map(peers.relative, ours(), peer()))
-        mine, theirs, ratio = peers.interleaved(ours, peer, 3 if kind == "loop" else 7)
+        mine, theirs, ratio = peers.interleaved(ours, peer, 2 if kind == "loop" else 7)
         ratios.append(ratio)
         print(f"scan beside {kind} B{b} T{t} D{d} N{n}: {1e3 * mine:.1f} ms, {1e3 * theirs:.0f} ms, {ratio:.0f}x; "
               f"outputs and gradients differ by {worst:.1e}", flush=True)  # fmt: skip

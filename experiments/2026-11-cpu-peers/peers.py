@@ -29,8 +29,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def interleaved(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Median seconds of both, and the median of peer / ours over rounds that run both in turn."""
-    ours(), peer()
+    """Median seconds of both, and the median of peer / ours over rounds that run both in turn. Both are warm."""
     times = [(seconds(ours), seconds(peer)) for _ in range(rounds)]
     return *(statistics.median(t) for t in zip(*times, strict=True)), statistics.median(b / a for a, b in times)
 

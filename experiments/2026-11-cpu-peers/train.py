@@ -2,7 +2,8 @@
 
     python train.py [--threads 2] [--bf16] [mamba mambapy mamba-loop mamba2-64 mamba2-256 llama]
 
-d_model 256, 4 layers, vocabulary 4,096, batch 4 of 512 tokens, AdamW (fused), cross-entropy.
+d_model 256, 4 layers, vocabulary 4,096, batch 4 of 512 tokens, AdamW (fused), cross-entropy. Both sides run under the
+allocator settings of our trainer, which help both.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from hybridlab.models.lm import HybridLM
 from hybridlab.models.mixers.attention import Attention
 from hybridlab.models.mixers.mamba import Mamba
 from hybridlab.models.mixers.mamba2 import Mamba2
+from hybridlab.training.device import keep_memory
 
 D, LAYERS, VOCAB, TIME = 256, 4, 4096, 512
 MIXERS: dict[str, Callable[[int], nn.Module]] = {
@@ -47,9 +49,9 @@ def peer(name: str, chunk: int = 64, use_mambapy: bool = False) -> nn.Module:
     return hf.MambaForCausalLM(hf.MambaConfig(**common, use_mambapy=use_mambapy))
 
 
-def stepper(model: nn.Module, batch: int, bf16: bool) -> Callable[[], None]:
+def stepper(model: nn.Module, batch: int, bf16: bool, time: int = TIME) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(0, VOCAB, (batch, TIME + 1))
+    tokens = torch.randint(0, VOCAB, (batch, time + 1))
     model.train()
 
     def step() -> None:
@@ -77,14 +79,16 @@ if __name__ == "__main__":
     parser.add_argument("--bf16", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    keep_memory()
     print(peers.versions(), "bf16" if asked.bf16 else "fp32")
     for what in asked.what:
         torch.manual_seed(0)
         name, build, batch, rounds = CASES[what]
         one, two = ours(name), build()
         sizes = [sum(p.numel() for p in model.parameters()) for model in (one, two)]
-        mine, theirs, ratio = peers.interleaved(
-            stepper(one, batch, asked.bf16), stepper(two, batch, asked.bf16), rounds
-        )
+        steps = [stepper(model, batch, asked.bf16) for model in (one, two)]
+        for step in steps:
+            step()
+        mine, theirs, ratio = peers.interleaved(*steps, rounds)
         speeds = [f"{batch * TIME / t:,.0f}" for t in (mine, theirs)]
         print(f"{what} B{batch} T{TIME}: {' and '.join(speeds)} tokens/s, {ratio:.2f}x; parameters {sizes}", flush=True)

@@ -96,6 +96,8 @@ def _train(run: SimpleNamespace) -> int:
     warnings.filterwarnings("ignore", module="lightning.*")
     config, parts, settings, precision = run.config, run.parts, run.parts.trainer, run.info["numerics"]["precision"]
     torch.set_float32_matmul_precision(run.info["numerics"]["matmul"])
+    if run.kind == "cpu":
+        machine.keep_memory()
     lightning.seed_everything(config["seed"], verbose=False)
     model = _build(run)
     if run.first:
