@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridlab.kernels.draw import Draw
+from hybridlab.kernels.trial import disagreement
 
 Case = dict[str, Any]  # sizes and options by name, e.g. dict(batch=2, time=63, heads=3, key=64)
 Outputs = tuple[Tensor, ...]
@@ -35,6 +36,7 @@ class Version:
     device          where it runs, if not everywhere. Of "cuda", Triton kernels, a CPU runs those that are asked for by
                     name, in Triton's interpreter
     flops           case -> forward FLOPs that its matmuls execute, where that differs from the definition's
+    untried         no record shows it on its device: `auto` takes it after a trial there (kernels/trial.py)
     row_invariant   rows of the result are bitwise independent of how many other rows there are
     ordered         needs programs in order, or atomics: GPU-only and never picked by `auto`
     """
@@ -43,6 +45,7 @@ class Version:
     refuses: Callable[..., str | None] = accepts_all
     device: str | None = None
     flops: Callable[[Case], int] | None = None
+    untried: bool = False
     row_invariant: bool = False
     ordered: bool = False
 
@@ -117,7 +120,10 @@ class Op:
         where, refusals = _device(args, kwargs), []
         here = [name for name, v in self.versions.items() if not v.ordered and v.device in (None, where)]
         for name in (*here, "reference"):
-            if (why := self.unavailable(name, *args, **kwargs)) is None:
+            why = self.unavailable(name, *args, **kwargs)
+            if why is None and self._version(name).untried:
+                why = disagreement(self, name, args, kwargs)
+            if why is None:
                 break
             refusals.append(f"{name} refused: {why}")
         if (self.name, name) not in _said and not torch.compiler.is_compiling():

@@ -11,7 +11,11 @@ _TRITON = "hybridlab.kernels.delta_rule.triton_delta_rule"
 VERSIONS = {
     "step": Version(delta_rule_step, step.refuses, flops=step.flops),
     "triton": Version(
-        lazy(_TRITON, "delta_rule_triton"), lazy(_TRITON, "refuses"), device="cuda", flops=lazy(_TRITON, "flops")
+        lazy(_TRITON, "delta_rule_triton"),
+        lazy(_TRITON, "refuses"),
+        device="cuda",
+        untried=True,
+        flops=lazy(_TRITON, "flops"),
     ),
     "chunked": Version(delta_rule_chunked, flops=chunked.flops),
 }

@@ -12,7 +12,11 @@ _CPP = "hybridlab.kernels.linear_recurrence.cpp"
 VERSIONS = {
     "step": Version(linear_recurrence_step, step.refuses, flops=step.flops),
     "triton": Version(
-        lazy(_TRITON, "linear_recurrence_triton"), lazy(_TRITON, "refuses"), device="cuda", flops=lazy(_TRITON, "flops")
+        lazy(_TRITON, "linear_recurrence_triton"),
+        lazy(_TRITON, "refuses"),
+        device="cuda",
+        untried=True,
+        flops=lazy(_TRITON, "flops"),
     ),
     "cpp": Version(lazy(_CPP, "linear_recurrence_cpp"), lazy(_CPP, "refuses"), device="cpu", flops=lazy(_CPP, "flops")),
     "chunked": Version(linear_recurrence_chunked, flops=chunked.flops),

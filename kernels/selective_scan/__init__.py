@@ -10,7 +10,9 @@ from hybridlab.kernels.selective_scan.step import selective_scan_step
 CPP = "hybridlab.kernels.selective_scan.cpp"
 TRITON = lazy("hybridlab.kernels.selective_scan.triton_scan", "selective_scan_triton")
 VERSIONS = {
-    "triton": Version(TRITON, refuses_triton, device="cuda", flops=lambda case: 0),  # no matmuls, nor below
+    "triton": Version(
+        TRITON, refuses_triton, device="cuda", untried=True, flops=lambda case: 0
+    ),  # no matmuls, nor below
     "cpp": Version(lazy(CPP, "selective_scan_cpp"), lazy(CPP, "refuses"), device="cpu", flops=lambda case: 0),
     "step": Version(selective_scan_step, step.refuses, flops=step.flops),
     "chunked": Version(selective_scan_chunked, flops=chunked.flops),

@@ -1,12 +1,13 @@
 """The mechanism: which version runs, who decides, and what is refused."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hybridlab.kernels import op as module
-from hybridlab.kernels import triton_launch
+from hybridlab.kernels import trial, triton_launch
 from hybridlab.kernels.delta_rule import delta_rule
 from hybridlab.kernels.linear_recurrence import linear_recurrence
 from hybridlab.kernels.op import Op, Version, lazy
@@ -50,6 +51,41 @@ def test_a_version_for_another_device_is_never_picked_and_runs_by_name_in_the_in
     with pytest.raises(ValueError, match="tensors are on cpu; it needs cuda, or TRITON_INTERPRET=1"):
         op(torch.tensor(1.0), version="triton")
     assert op.flops({}) == 3 and op.flops({}, "triton") == 7
+
+
+@pytest.mark.parametrize("fault", ["none", "a gradient", "an error"])
+def test_a_version_without_a_record_is_picked_after_it_agreed_where_it_runs(lab, fault, monkeypatch, caplog):
+    runs = []
+
+    def fast(**args):
+        if fault == "an error":
+            raise RuntimeError("no kernel image")
+        runs.append(1)
+        y, state = linear_recurrence.get("chunked")(**args)
+        y = y + 1e-3 * (y - y.detach()) if fault == "a gradient" else y
+        return y, state
+
+    versions = {"fast": Version(fast, device="cuda", untried=True), "chunked": linear_recurrence.versions["chunked"]}
+    op = replace(linear_recurrence, versions=versions)
+    monkeypatch.setattr(trial, "_found", {})
+    monkeypatch.setattr(module, "_said", set())
+    monkeypatch.setattr(module, "_device", lambda args, kwargs: "cuda")
+    caplog.set_level(logging.INFO, "hybridlab.kernels")
+    args = lab.make(op, TINY, torch.float32)
+    for _ in range(2):
+        op(**args)
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    if fault == "none":
+        assert len(runs) == 4 and not said  # two cases of the trial, two calls
+    else:
+        assert len(said) == 1 and ("d_" if fault == "a gradient" else "no kernel image") in said[0]
+        assert any("runs as 'chunked'" in r.getMessage() for r in caplog.records)
+    op(**args | {"v": args["v"].bfloat16(), "q": args["q"].bfloat16(), "k": args["k"].bfloat16()})
+    assert len(trial._found) == 2  # each dtype has its own trial
+
+
+def test_every_triton_version_is_tried_before_it_is_used_until_a_gpu_has_a_record_of_it():
+    assert all(op.versions["triton"].untried for op in OPS if "triton" in op.versions)
 
 
 def test_a_lazy_function_is_imported_when_it_is_called():
