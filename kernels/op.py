@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybridlab.kernels.draw import Draw
 from hybridlab.kernels.trial import disagreement
+from hybridlab.kernels.triton_launch import interpreted
 
 Case = dict[str, Any]  # sizes and options by name, e.g. dict(batch=2, time=63, heads=3, key=64)
 Outputs = tuple[Tensor, ...]
@@ -89,8 +90,8 @@ class Op:
     def unavailable(self, version: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `version` cannot serve this call, or None."""
         found, where = self._version(version), _device(args, kwargs)
-        interpreted = found.device == "cuda" and where == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        if found.device not in (None, where) and not interpreted:
+        by_name = found.device == "cuda" and where == "cpu" and interpreted()
+        if found.device not in (None, where) and not by_name:
             hint = ", or TRITON_INTERPRET=1" if found.device == "cuda" else ""
             return f"tensors are on {where}; it needs {found.device}{hint}"
         return found.refuses(*args, **kwargs)

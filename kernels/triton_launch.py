@@ -1,6 +1,7 @@
 """Launch settings of Triton kernels: pinned per op, GPU and shape in `launch.json`, so that all ranks agree on them."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -35,6 +36,11 @@ def using(kernel: str, **chosen: Any) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

@@ -1,6 +1,5 @@
 """Triton: tiles of time by channels. Every pass recomputes what it needs from the inputs; nothing else is stored."""
 
-import os
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hybridlab.kernels.triton_launch import settings
+from hybridlab.kernels.triton_launch import interpreted, settings
 
 WIDEST = 8  # taps: all are unrolled
 DEFAULT = {
@@ -215,7 +214,7 @@ def _documents(x: Tensor, offsets: Tensor | None) -> Tensor | None:
 
 def _stored(x: Tensor) -> torch.dtype:
     """What kernels store: the interpreter cuts float32 off to bfloat16, so there it is left to torch to round."""
-    return torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else x.dtype
+    return torch.float32 if interpreted() else x.dtype
 
 
 def _rows(x: Tensor, offsets: Tensor | None) -> int:

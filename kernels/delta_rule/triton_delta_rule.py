@@ -1,6 +1,5 @@
 """The delta rule on a GPU: what is launched, on which memory, and how autograd and torch.compile see it."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,11 @@ from einops import reduce
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from hybridlab.kernels.chunks import how_many
 from hybridlab.kernels.delta_rule.triton_gradients import gradients, gradients_channel
 from hybridlab.kernels.delta_rule.triton_prepare import prepare, prepare_channel
 from hybridlab.kernels.delta_rule.triton_walk import walk, walk_back
-from hybridlab.kernels.triton_launch import Settings, settings
+from hybridlab.kernels.triton_launch import Settings, interpreted, settings
 
 MOST = 256  # keys of a state that one program keeps in registers
 # not measured on a GPU; in float32, longer chunks lose more digits than twice what the recurrence loses
@@ -119,14 +119,13 @@ def _chunk_size(q: Tensor, v: Tensor, offsets: Tensor | None) -> int:
 def _plan(q: Tensor, v: Tensor, log_decay: Tensor | None, offsets: Tensor | None) -> Plan:
     (batch, time, heads, value), (groups, key) = v.shape, q.shape[2:]
     size = _chunk_size(q, v, offsets)
-    low = v.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") != "1"
+    low = v.dtype == torch.bfloat16 and not interpreted()
     gate = 0 if log_decay is None else log_decay.dim() - 2
     constants = dict(K=key, C=size, PACKED=offsets is not None, LOW=low)
-    per_row = -(-time // size)
-    rows, chunks, spans, begins = batch, batch * per_row, q, q
+    per_row, chunks = -(-time // size), batch * how_many(time, offsets, size)
+    rows, spans, begins = batch, q, q
     if offsets is not None:
         rows = len(offsets) - 1
-        chunks = (time + rows * (size - 1)) // size
         spans, begins = _spans(offsets.long(), chunks, size)
     sizes = dict(key=key, value=value)
     return Plan(
@@ -333,8 +332,7 @@ def _executed(tokens: int, chunks: int, heads: int, key: int, value: int, channe
 
 def _sizes(v: Tensor, offsets: Tensor | None, size: int) -> tuple[int, int]:
     """Tokens that all chunks of one call have room for, and how many chunks there are."""
-    (batch, time), docs = v.shape[:2], 0 if offsets is None else len(offsets) - 1
-    chunks = batch * -(-time // size) if offsets is None else (time + docs * (size - 1)) // size
+    chunks = v.shape[0] * how_many(v.shape[1], offsets, size)
     return chunks * size, chunks
 
 

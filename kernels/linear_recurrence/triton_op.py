@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from hybridlab.kernels.chunks import how_many
 from hybridlab.kernels.linear_recurrence.triton_channel import channel_gradients, channel_scores
 from hybridlab.kernels.linear_recurrence.triton_gradients import gradients
-from hybridlab.kernels.linear_recurrence.triton_plan import CHANNEL, HEAD, block, chunk_size, count, plan, rows
+from hybridlab.kernels.linear_recurrence.triton_plan import CHANNEL, HEAD, block, chunk_size, plan, rows
 from hybridlab.kernels.linear_recurrence.triton_walk import walk
 
 WIDEST = 256
@@ -128,7 +129,7 @@ def flops(case: dict[str, Any]) -> int:
 
 def of_call(q: Tensor, v: Tensor, log_decay: Tensor | None, offsets: Tensor | None) -> tuple[int, int]:
     size = chunk_size(v, q.shape[3], offsets)
-    chunks = v.shape[0] * count(v.shape[1], offsets, size) * v.shape[2]
+    chunks = v.shape[0] * how_many(v.shape[1], offsets, size) * v.shape[2]
     return executed(chunks, size, q.shape[3], v.shape[3], log_decay is not None and log_decay.dim() == 4)
 
 

@@ -1,6 +1,5 @@
 """What a call of linear_recurrence is before any kernel runs: sizes, strides, chunks, launch options."""
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridlab.kernels.triton_launch import Settings, settings
+from hybridlab.kernels.chunks import how_many
+from hybridlab.kernels.triton_launch import Settings, interpreted, settings
 
 NONE, HEAD, TIME, CHANNEL = range(4)  # the kinds of log decay, as kernels know them
 CANDIDATES = {"chunk": [{"size": size} for size in (32, 64, 128)]}
@@ -92,10 +92,6 @@ class Plan:
         return -(-self.n_chunks // per_segment), per_segment
 
 
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def launch(chosen: Settings) -> Settings:
     # without a bound of its own, ptxas falls back to 32 registers where it would have to spill at all
     return {"num_warps": chosen["num_warps"], "num_stages": chosen["num_stages"], "maxnreg": 255}
@@ -120,14 +116,9 @@ def chunk_size(v: Tensor, key: int, offsets: Tensor | None) -> int:
     return block(-(-v.shape[1] // docs), chosen["size"])
 
 
-def count(time: int, offsets: Tensor | None, size: int) -> int:
-    """Chunks in a row: with documents, a bound known from the shapes."""
-    return -(-time // size) if offsets is None else (time + (len(offsets) - 1) * (size - 1)) // size
-
-
 def plan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, offsets: Tensor | None) -> Plan:
     chunk = chunk_size(v, q.shape[3], offsets)
-    n_chunks = count(v.shape[1], offsets, chunk)
+    n_chunks = how_many(v.shape[1], offsets, chunk)
     chunks = v if offsets is None else chunk_table(offsets, n_chunks, chunk)
     kind = NONE if log_decay is None else {1: HEAD, 3: TIME, 4: CHANNEL}[log_decay.dim()]
     g = v if log_decay is None else rows(log_decay) if kind == CHANNEL else log_decay

@@ -4,12 +4,12 @@ A tile is [time, state, channel], time in registers: choosing one step costs not
 two axes fill all lanes of a program.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hybridlab.kernels.triton_launch import interpreted
 
 TILE = 16  # steps per tile
 # the interpreter is fast for these two; a call of tl.sum or tl.max, itself a kernel function, costs it milliseconds
@@ -188,10 +188,6 @@ def piece_length(batch: int, time: int, packed: bool, blocks: int, programs: int
     return max(1, triton.cdiv(length, TILE)) * TILE
 
 
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def to_store(x: Tensor) -> Tensor:
     """Memory for what is like x. The interpreter cuts digits off where it stores bfloat16: there torch rounds later."""
     return torch.empty_like(x, dtype=torch.float32 if interpreted() else x.dtype)
@@ -199,9 +195,7 @@ def to_store(x: Tensor) -> Tensor:
 
 def launch(chosen: dict, n_states: int, n_channels: int) -> tuple[dict, int]:
     """Block sizes no larger than needed, with warps that the block of state and channels fills; blocks of channels."""
-    most = (
-        16 if os.environ.get("TRITON_INTERPRET") == "1" else chosen["BN"]
-    )  # where time goes by operation, not by size
+    most = 16 if interpreted() else chosen["BN"]  # there time goes by operation, not by size
     block = min(chosen["BD"], max(32, triton.next_power_of_2(n_channels)))
     states = min(max(most, chosen["BN"]), triton.next_power_of_2(n_states))
     warps = max(1, min(chosen["num_warps"], block * states // 32))
